@@ -1,0 +1,65 @@
+"""YeAM: a merge engine for Hugging Face checkpoints.
+
+    import yeam
+    report = yeam.merge("config.yaml", "out")
+
+Names are imported when they are first used, so that `import yeam` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from yeam._version import __version__
+from yeam.errors import CheckpointError, ConfigError, OutputError, UserError, YeamError
+
+if TYPE_CHECKING:
+    from yeam.api import inspect, merge, plan
+    from yeam.methods.registry import PerSource, Whole, merge_method
+    from yeam.planning.jobs import Plan
+    from yeam.plugins.registry import plugin
+    from yeam.recipe.load import load_recipe
+    from yeam.report.merge_report import MergeReport
+
+_HOME = {
+    "inspect": "yeam.api",
+    "merge": "yeam.api",
+    "plan": "yeam.api",
+    "load_recipe": "yeam.recipe.load",
+    "merge_method": "yeam.methods.registry",
+    "PerSource": "yeam.methods.registry",
+    "Whole": "yeam.methods.registry",
+    "plugin": "yeam.plugins.registry",
+    "Plan": "yeam.planning.jobs",
+    "MergeReport": "yeam.report.merge_report",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "MergeReport",
+    "OutputError",
+    "PerSource",
+    "Plan",
+    "UserError",
+    "Whole",
+    "YeamError",
+    "__version__",
+    "inspect",
+    "load_recipe",
+    "merge",
+    "merge_method",
+    "plan",
+    "plugin",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

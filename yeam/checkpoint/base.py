@@ -1,0 +1,120 @@
+"""What the rest of the system knows of an input model: names, shapes, dtypes, a config, and reads by element range."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from yeam.checkpoint.dtypes import DTYPES, DType
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as a header describes it: `dtype` is a safetensors code (`BF16`), `shape` may be () for a scalar."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def storage(self) -> DType:
+        return DTYPES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.storage.itemsize
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a tensor lies as plain bytes on disk: `path[offset : offset + nbytes]`."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+class Checkpoint(ABC):
+    """An input model, opened lazily: construction reads headers only, never a weight.
+
+    `reference` is what the user wrote, for messages. `folder` holds `config.json`, the tokenizer and the like (for a
+    Hub model, a local folder with those small files). `config` is the parsed `config.json`, `{}` where there is none.
+    `aliases` maps a name that shares its storage with another tensor to that tensor's name; only the latter is in
+    `tensors`. `notes` are sentences for the user about what was decided while opening (entries ignored, a missing
+    index). Readers are thread-safe: several threads may call `read` at once.
+    """
+
+    reference: str
+    folder: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    aliases: Mapping[str, str]
+    notes: list[str]
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A short hash that changes when an input file changes (names, sizes, times or etags, headers)."""
+
+    @abstractmethod
+    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor, 1-D, in the dtype `tensors[name].dtype`, on the CPU.
+
+        For a tensor of two or more dimensions `start` and `stop` are multiples of its last dimension, unless
+        `extent(name)` is not None. `buffer` (uint8, at least as many bytes as asked for) may be filled and viewed
+        instead of a fresh allocation. Raises CheckpointError when the bytes are not there (truncated, removed, I/O
+        error).
+        """
+
+    def extent(self, name: str) -> Extent | None:
+        """Where the tensor lies as raw bytes, for read-ahead and byte copies; None where it is computed on the fly."""
+        return None
+
+    def prepare(self, name: str) -> None:  # noqa: B027 - most inputs are local
+        """Make sure that the tensor's bytes are on this machine: a Hub model downloads the tensor's file here.
+
+        `read` does so by itself; an engine may call this ahead of time. Afterwards `extent(name)` is final.
+        """
+
+    def natural_dtype(self, name: str) -> str:
+        """The safetensors code that the model has this tensor in; `tensors[name].dtype` is what `read` gives.
+
+        They differ where an adapter or scales are applied in float32.
+        """
+        return self.tensors[name].dtype
+
+    def resident_bytes(self, name: str) -> int:
+        """Bytes that stay in anonymous memory while the tensor is read, beyond the tile: LoRA factors, scales."""
+        return 0
+
+    def close(self) -> None:  # noqa: B027 - closing is optional
+        """Release file handles."""
+
+
+def claim(buffer: torch.Tensor | None, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """`count` elements of `dtype`, 1-D on the CPU: the front of `buffer` (1-D uint8) where it is given and aligned.
+
+    Raises ValueError when the buffer is too small or not a contiguous 1-D uint8 CPU tensor (a caller's mistake).
+    """
+    import torch
+
+    nbytes = count * dtype.itemsize
+    if buffer is None:
+        return torch.empty(count, dtype=dtype)
+    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.device.type != "cpu" or not buffer.is_contiguous():
+        raise ValueError("a read buffer is a contiguous 1-D uint8 tensor on the CPU")
+    if buffer.numel() < nbytes:
+        raise ValueError(f"the read buffer holds {buffer.numel()} bytes where {nbytes} are needed")
+    if buffer.storage_offset() % dtype.itemsize or buffer.data_ptr() % dtype.itemsize:
+        return torch.empty(count, dtype=dtype)  # a view of another dtype needs an aligned start
+    return buffer[:nbytes].view(dtype)

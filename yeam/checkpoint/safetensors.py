@@ -1,0 +1,135 @@
+"""Safetensors checkpoints on local disks, read by position: nothing is mapped, nothing is copied twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from yeam.checkpoint.base import Checkpoint, Extent, TensorInfo, claim
+from yeam.checkpoint.files import Descriptors, read_exactly
+from yeam.checkpoint.folder import listed, read_config, read_index, stamp
+from yeam.checkpoint.header import Header, read_header
+from yeam.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """Tensors in one or more safetensors files of one folder.
+
+    `headers` maps a shard's file name to its header. Raises CheckpointError when two shards hold the same tensor.
+    Use `open_file`, `open_index` or `open_shards` to make one from disk.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        folder: Path,
+        headers: Mapping[str, Header],
+        config: dict[str, Any] | None = None,
+        notes: list[str] | None = None,
+    ) -> None:
+        self.reference = reference
+        self.folder = folder
+        self.config = read_config(folder) if config is None else config
+        self.notes = list(notes or [])
+        self._headers = headers
+        self._descriptors = Descriptors()
+        self._places: dict[str, tuple[str, int]] = {}
+        tensors: dict[str, TensorInfo] = {}
+        for shard, header in headers.items():
+            for name, (info, begin, _) in header.tensors.items():
+                if name in tensors:
+                    raise CheckpointError(
+                        f"{folder}: tensor {name!r} is in two files, {self._places[name][0]} and {shard}",
+                        "remove the file that does not belong to the model",
+                    )
+                tensors[name] = info
+                self._places[name] = (shard, begin)
+        self.tensors = tensors
+        self.aliases = _saved_aliases(headers, tensors)
+
+    @classmethod
+    def open_file(cls, reference: str, path: Path, notes: list[str] | None = None) -> SafetensorsCheckpoint:
+        """A checkpoint of one file."""
+        return cls(reference, path.parent, {path.name: read_header(path)}, notes=notes)
+
+    @classmethod
+    def open_index(cls, reference: str, index: Path, notes: list[str] | None = None) -> SafetensorsCheckpoint:
+        """A sharded checkpoint by its `*.safetensors.index.json`; CheckpointError where index and shards differ."""
+        weight_map = read_index(index)
+        headers = {}
+        for shard in sorted(set(weight_map.values())):
+            if not (index.parent / shard).is_file():
+                raise CheckpointError(
+                    f"{index}: names the shard {shard}, which is not in {index.parent}",
+                    "download the missing file; every shard that the index names is needed",
+                )
+            headers[shard] = read_header(index.parent / shard)
+        extra = check_index(index.name, str(index), weight_map, headers)
+        return cls(reference, index.parent, headers, notes=[*(notes or []), *extra])
+
+    @classmethod
+    def open_shards(cls, reference: str, paths: list[Path], notes: list[str] | None = None) -> SafetensorsCheckpoint:
+        """Several files of one folder without an index: the union of what they hold."""
+        return cls(reference, paths[0].parent, {path.name: read_header(path) for path in sorted(paths)}, notes=notes)
+
+    def fingerprint(self) -> str:
+        config = self.folder / "config.json"
+        files = [self.folder / shard for shard in self._headers] + ([config] if config.exists() else [])
+        return stamp(files, *(header.digest for header in self._headers.values()))
+
+    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        import torch
+
+        info = self.tensors[name]
+        if not 0 <= start <= stop <= info.numel:
+            raise ValueError(f"{name}: elements [{start}, {stop}) of {info.numel}")
+        path = self._local(name)
+        shard, begin = self._places[name]
+        size = info.storage.itemsize
+        tile = claim(buffer, stop - start, info.storage.torch)
+        if stop > start:
+            target = tile.view(torch.uint8).numpy().data
+            with self._descriptors.borrow(path, self._headers[shard].length) as fd:
+                read_exactly(fd, target, begin + start * size, f"{path}: tensor {name!r}")
+        return tile
+
+    def extent(self, name: str) -> Extent | None:
+        shard, begin = self._places[name]
+        return Extent(self.folder / shard, begin, self.tensors[name].nbytes)
+
+    def close(self) -> None:
+        self._descriptors.close()
+
+    def _local(self, name: str) -> Path:
+        """The local file that holds the tensor; a subclass may have to fetch it first."""
+        return self.folder / self._places[name][0]
+
+
+def check_index(name: str, where: str, weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> list[str]:
+    """Compare an index with the headers of its shards; returns notes, raises CheckpointError for a missing tensor.
+
+    Tensors that the shards hold and the index does not list are part of the model, as in transformers.
+    """
+    for shard, header in headers.items():
+        missing = [tensor for tensor, place in weight_map.items() if place == shard and tensor not in header.tensors]
+        if missing:
+            raise CheckpointError(
+                f"{where}: places {listed(missing)} in {shard}, which does not hold it",
+                "download index and shards again: they do not belong together",
+            )
+    unlisted = [tensor for header in headers.values() for tensor in header.tensors if tensor not in weight_map]
+    return [f"{name} does not list {listed(unlisted)}, found in the shards and used"] if unlisted else []
+
+
+def _saved_aliases(headers: Mapping[str, Header], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """safetensors' `save_model` notes in the metadata, for each shared tensor it dropped, the name that it kept."""
+    return {
+        dropped: kept
+        for header in headers.values()
+        for dropped, kept in header.metadata.items()
+        if kept in tensors and dropped not in tensors
+    }

@@ -1,0 +1,1 @@
+"""Carrying a plan out: tiles in, bytes out at their planned places, resumable, and one rename at the end."""

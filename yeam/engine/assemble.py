@@ -1,0 +1,53 @@
+"""The small files of the output: index, config, tokenizer, chat template, card, recipe and report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from yeam.checkpoint.base import Checkpoint
+from yeam.engine.output import Output
+from yeam.errors import CheckpointError
+from yeam.planning.jobs import Plan, index_json
+from yeam.recipe import LoadedRecipe
+from yeam.report.card import model_card
+from yeam.report.merge_report import MergeReport
+from yeam.vocabulary.files import OTHER_FILES, code_files, tokenizer_files
+
+
+def assemble(plan: Plan, loaded: LoadedRecipe, checkpoints: Sequence[Checkpoint], output: Output, report: MergeReport) -> None:
+    """Write everything but the tensors into the output. Raises CheckpointError where a donor's file cannot be read."""
+    if len(plan.shards) > 1:
+        output.add_file("model.safetensors.index.json", index_json(plan))
+    if plan.config is not None:
+        output.add_file("config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+    donor = checkpoints[plan.donor].folder
+    files = {name: donor / name for name in OTHER_FILES if (donor / name).is_file()}
+    files |= tokenizer_files(checkpoints[plan.tokenizer_donor].folder)
+    files |= code_files(donor, dict(plan.config or {}))
+    for name, path in files.items():
+        output.add_file(name, _read(path))
+    if plan.chat_template is not None:
+        output.add_file("chat_template.jinja", plan.chat_template)
+        _drop_inline_template(output)
+    output.add_file("README.md", model_card(plan, loaded, report.out.name))
+    output.add_file("yeam_config.yaml", loaded.text)
+    output.add_file("yeam_report.json", json.dumps(report.to_dict(), indent=1) + "\n")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", "check the model's files") from error
+
+
+def _drop_inline_template(output: Output) -> None:
+    """A template inside tokenizer_config.json would compete with the one that the recipe chose."""
+    path = output.partial / "tokenizer_config.json"
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("chat_template", None) is not None:
+            output.add_file("tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    (output.partial / "chat_template.json").unlink(missing_ok=True)

@@ -1,0 +1,303 @@
+"""The engine: lanes take jobs from the plan, stream their tiles through the method, and write the bytes where the plan says.
+
+Legend: T elements of a tile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from yeam.checkpoint.base import Checkpoint
+from yeam.checkpoint.dtypes import DTYPES
+from yeam.engine.memory import Budget, anonymous_bytes, cores
+from yeam.engine.output import Output
+from yeam.engine.readahead import ReadAhead
+from yeam.engine.stage import Stage, stage_for
+from yeam.engine.tiles import Cancelled, JobInputs, Lane, tile_bytes
+from yeam.errors import CheckpointError, UserError, YeamError
+from yeam.methods import method_named
+from yeam.planning.jobs import Job, Plan
+
+CPU_TILE = 1 << 18  # elements: a tile and its temporaries stay in the second-level cache
+CUDA_TILE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One finished tensor: bytes written and tensors done so far, of how many."""
+
+    tensor: str
+    tensors: int
+    total_tensors: int
+    nbytes: int
+    total_bytes: int
+
+
+Listener = Callable[[Progress], None]
+
+
+def run(
+    plan: Plan,
+    checkpoints: Sequence[Checkpoint],
+    output: Output,
+    *,
+    device: torch.device,
+    memory: int,
+    listener: Listener | None = None,
+) -> float:
+    """Carry out every job of the plan that the output does not hold yet; returns the seconds that it took.
+
+    memory: bytes of anonymous memory for the whole process. Raises UserError before any work when a job cannot fit into it,
+    CheckpointError for NaN or Inf in a source (unless `plan.allow_nan`) and for inputs that fail while read, OutputError for the
+    disk. On an error or an interrupt the output keeps what is finished.
+    """
+    started = time.monotonic()
+    todo = [job for job in plan.jobs if job.name not in output.finished]
+    tile = CUDA_TILE if device.type == "cuda" else CPU_TILE
+    lanes, budget = _lanes(todo, checkpoints, device, memory, tile)
+    done = len(plan.jobs) - len(todo)
+    written = plan.total_bytes - sum(job.nbytes for job in todo)
+    crew = _Crew(plan, checkpoints, output, device, lanes, tile, budget)
+    with _intra_op_threads(max(1, cores() // lanes)), ReadAhead(checkpoints) as ahead:
+        crew.start(_order(todo, lanes), ahead)
+        try:
+            for job in crew.results(len(todo)):
+                done += 1
+                written += job.nbytes
+                if listener is not None:
+                    listener(Progress(job.name, done, len(plan.jobs), written, plan.total_bytes))
+        finally:
+            crew.stop()
+    return time.monotonic() - started
+
+
+def peak_bytes(plan: Plan, checkpoints: Sequence[Checkpoint], tile: int = CPU_TILE) -> int:
+    """Anonymous bytes of the largest job alone, beyond what the process needs to start."""
+    return max((job.resident + tile_bytes(job, checkpoints, tile) for job in plan.jobs), default=0)
+
+
+def _lanes(
+    todo: Sequence[Job], checkpoints: Sequence[Checkpoint], device: torch.device, memory: int, tile: int
+) -> tuple[int, Budget]:
+    """How many jobs run at a time, and the bytes that their resident parts share."""
+    available = memory - anonymous_bytes()
+    tiles = max((tile_bytes(job, checkpoints, tile) for job in todo), default=0)
+    largest = max(todo, key=lambda job: job.resident, default=None)
+    resident = largest.resident if largest is not None and device.type == "cpu" else 0
+    if largest is not None and resident + tiles > available:
+        raise UserError(
+            f"{largest.name} {list(largest.shape)} needs {(resident + tiles) >> 20} MiB with method {largest.method}, "
+            f"and of the {memory >> 20} MiB allowed {max(available, 0) >> 20} MiB are left",
+            f"pass --memory {((resident + tiles + memory - available) >> 20) + 64}M or more, or `frames: none`",
+        )
+    most = 1 if device.type == "cuda" else cores()
+    lanes = max(1, min(most, len(todo), available // max(1, tiles + resident // 2)))
+    return lanes, Budget(max(resident, available - lanes * tiles))
+
+
+def _order(todo: Sequence[Job], lanes: int) -> deque[Job]:
+    """The plan's order, which is the files', after the few jobs so large that a lane would be left alone with one at the end."""
+    large = sum(job.numel for job in todo) / (8 * lanes)
+    return deque(sorted(todo, key=lambda job: 0 if job.numel > large else 1))
+
+
+class _Crew:
+    """The lanes' threads and the queue of what they finished."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoints: Sequence[Checkpoint],
+        output: Output,
+        device: torch.device,
+        lanes: int,
+        tile: int,
+        budget: Budget,
+    ) -> None:
+        self._plan = plan
+        self._checkpoints = checkpoints
+        self._output = output
+        self._budget = budget
+        self._halt = threading.Event()
+        self._results: SimpleQueue[Job | BaseException] = SimpleQueue()
+        self._lanes = [Lane(stage_for(device), tile, self._halt) for _ in range(lanes)]
+        self._threads: list[threading.Thread] = []
+        self._taking = threading.Lock()
+
+    def start(self, todo: deque[Job], ahead: ReadAhead) -> None:
+        threads = torch.get_num_threads()
+        for number, lane in enumerate(self._lanes):
+            thread = threading.Thread(target=self._work, args=(lane, todo, ahead, threads), name=f"yeam-lane-{number}")
+            thread.start()
+            self._threads.append(thread)
+
+    def results(self, count: int) -> Iterator[Job]:
+        for _ in range(count):
+            result = self._results.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+
+    def stop(self) -> None:
+        self._halt.set()
+        for thread in self._threads:
+            thread.join()
+        for lane in self._lanes:
+            lane.close()
+
+    def _work(self, lane: Lane, todo: deque[Job], ahead: ReadAhead, threads: int) -> None:
+        torch.set_num_threads(threads)  # the setting belongs to the thread
+        try:
+            with _Sink(lane.stage, self._output, self._plan.allow_nan) as sink, torch.inference_mode():
+                while not self._halt.is_set():
+                    with self._taking:
+                        if not todo:
+                            return
+                        job = todo.popleft()
+                        ahead.upcoming(todo)
+                    with self._budget.hold(job.resident):
+                        self._carry_out(job, lane, sink)
+                    self._results.put(job)
+        except Cancelled:
+            pass
+        except BaseException as error:
+            self._halt.set()
+            self._results.put(error)
+
+    def _carry_out(self, job: Job, lane: Lane, sink: _Sink) -> None:
+        inputs = JobInputs(job, self._checkpoints, lane)
+        sink.begin(job, lambda start, stop: self._blame(job, start, stop))
+        if job.method == "copy":
+            tiles: Iterator[Tensor] = (tile.sources_KT[0] for tile in inputs.tiles())
+        else:
+            tiles = method_named(job.method).run(inputs, job.parameters)
+        with contextlib.closing(tiles):  # type: ignore[type-var]
+            for tile_T in tiles:
+                sink.put(tile_T)
+        checksum, facts = sink.end()
+        if inputs.facts:
+            facts["parts" if len(inputs.facts) > 1 else "update"] = (
+                inputs.facts if len(inputs.facts) > 1 else inputs.facts[0]
+            )
+        self._output.done(job, checksum, facts)
+
+    def _blame(self, job: Job, start: int, stop: int) -> YeamError:
+        """Which input put a NaN or Inf into these elements of the output."""
+        last = job.shape[-1] if job.shape else 1
+        begin = start // last * last
+        end = min(job.numel, math.ceil(stop / last) * last)
+        for source in job.inputs:
+            checkpoint = self._checkpoints[source.model]
+            values = checkpoint.read(source.tensor, begin, end).double()
+            if not bool(values.isfinite().all()):
+                first = begin + int((~values.isfinite()).nonzero()[0])
+                return CheckpointError(
+                    f"{checkpoint.reference}: {source.tensor} holds {float(values[first - begin])} at element {first}",
+                    "repair the model, or pass --allow-nan to merge it all the same",
+                )
+        return YeamError(
+            f"{job.name}: method {job.method} made NaN or Inf out of finite inputs",
+            "check this tensor's parameters (a weight may be extreme), or pass --allow-nan",
+        )
+
+
+class _Sink:
+    """Where a job's output tiles go: converted, checked, hashed and written on a thread of its own, two buffers deep."""
+
+    def __init__(self, stage: Stage, output: Output, allow_nan: bool) -> None:
+        self._stage = stage
+        self._output = output
+        self._allow_nan = allow_nan
+        self._writer = ThreadPoolExecutor(1, "yeam-write")
+        self._buffers: list[Tensor] = [stage.buffer(0), stage.buffer(0)]
+        self._writing: list[Future[None] | None] = [None, None]
+
+    def __enter__(self) -> _Sink:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._writer.shutdown(wait=True, cancel_futures=True)
+
+    def begin(self, job: Job, blame: Callable[[int, int], YeamError]) -> None:
+        self._job = job
+        self._blame = blame
+        self._dtype = DTYPES[job.dtype].torch
+        self._largest = torch.finfo(self._dtype).max if self._dtype.is_floating_point else math.inf
+        self._digest = xxhash.xxh3_128()
+        self._at = 0
+        self._square = 0.0
+        self._slot = 0
+
+    def put(self, tile_T: Tensor) -> None:
+        """The next elements of the output, in order."""
+        job, at = self._job, self._at
+        self._at += tile_T.numel()
+        if self._dtype.is_floating_point:
+            self._check(tile_T, at)
+        if (writing := self._writing[self._slot]) is not None:
+            writing.result()
+        nbytes = tile_T.numel() * self._dtype.itemsize
+        if self._buffers[self._slot].numel() < nbytes:
+            self._buffers[self._slot] = self._stage.buffer(nbytes)
+        buffer = self._buffers[self._slot][:nbytes]
+        wait = self._stage.download(tile_T, buffer.view(self._dtype))
+
+        def write(digest: Any = self._digest) -> None:
+            wait()
+            data = memoryview(buffer.numpy())
+            digest.update(data)
+            self._output.write(job, at * self._dtype.itemsize, data)
+
+        self._writing[self._slot] = self._writer.submit(write)
+        self._slot = 1 - self._slot
+
+    def _check(self, tile_T: Tensor, at: int) -> None:
+        flat_T = tile_T if tile_T.dtype in (torch.float32, torch.float64) else tile_T.float()
+        square = float(torch.dot(flat_T, flat_T))
+        self._square += square
+        if self._allow_nan:
+            return
+        if not math.isfinite(square) and not bool(flat_T.isfinite().all()):
+            raise self._blame(at, at + tile_T.numel())
+        if not square < self._largest**2 and float(flat_T.abs().max()) > self._largest:
+            raise UserError(
+                f"{self._job.name}: a merged value of {float(flat_T.abs().max()):g} overflows {self._dtype}",
+                "choose an `out_dtype` with more range, such as bfloat16",
+            )
+
+    def end(self) -> tuple[str, dict[str, Any]]:
+        """Wait for the writes; returns the checksum of the tensor's bytes and the norm of its values."""
+        for writing in self._writing:
+            if writing is not None:
+                writing.result()
+        self._writing = [None, None]
+        if self._at != self._job.numel:
+            raise YeamError(
+                f"{self._job.name}: method {self._job.method} gave {self._at} of {self._job.numel} values",
+                "this is a defect of the method: a Whole method yields every element once, in order",
+            )
+        facts = {"norm": self._square**0.5} if self._dtype.is_floating_point else {}
+        return self._digest.hexdigest(), facts
+
+
+@contextlib.contextmanager
+def _intra_op_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

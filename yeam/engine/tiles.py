@@ -1,0 +1,140 @@
+"""The tiles of one job: read ahead on a thread, converted to the working dtype on the device, served to the method.
+
+Legend: K sources, T elements of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yeam.checkpoint.base import Checkpoint
+from yeam.checkpoint.dtypes import DTYPES
+from yeam.engine.stage import Stage, Wait
+from yeam.methods.inputs import Tile
+from yeam.planning.jobs import Input, Job
+
+ALIGN = 64  # tiles start at multiples of this, so that blocks of four never straddle two of them
+AHEAD = 2  # tiles read before they are asked for
+
+
+class Cancelled(Exception):
+    """Another lane failed or the user interrupted: stop quietly."""
+
+
+class Lane:
+    """What one worker owns: a reading thread, a stage, and buffers that all its jobs use again."""
+
+    def __init__(self, stage: Stage, tile_elements: int, stop: threading.Event) -> None:
+        self.stage = stage
+        self.tile_elements = tile_elements
+        self.stop = stop
+        self.reader = ThreadPoolExecutor(1, "yeam-read")
+        self._buffers: dict[Any, Tensor] = {}
+
+    def buffer(self, key: Any, nbytes: int) -> Tensor:
+        """A host buffer of at least `nbytes`, the same one for the same key."""
+        known = self._buffers.get(key)
+        if known is None or known.numel() < nbytes:
+            known = self._buffers[key] = self.stage.buffer(nbytes)
+        return known[:nbytes]
+
+    def work(self, key: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Device memory of that shape and dtype, the same for the same key."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        known = self._buffers.get(key)
+        if known is None or known.numel() < nbytes:
+            known = self._buffers[key] = torch.empty(nbytes, dtype=torch.uint8, device=self.stage.device)
+        return known[:nbytes].view(dtype).view(shape)
+
+    def close(self) -> None:
+        self.reader.shutdown(wait=True, cancel_futures=True)
+
+
+class JobInputs:
+    """The inputs of one job as `yeam.methods.Inputs` describes them."""
+
+    def __init__(self, job: Job, checkpoints: Sequence[Checkpoint], lane: Lane) -> None:
+        self.shape = job.shape
+        self.K = len(job.sources)
+        self.has_base = job.base is not None
+        self.device = lane.stage.device
+        self.dtype = DTYPES[job.work].torch
+        self.facts: list[dict[str, Any]] = []
+        self._job = job
+        self._checkpoints = checkpoints
+        self._lane = lane
+        self._step = tile_step(job, checkpoints, lane.tile_elements)
+
+    def record(self, **facts: Any) -> None:
+        self.facts.append(facts)
+
+    def tiles(self, start: int = 0, stop: int | None = None) -> Iterator[Tile]:
+        stop = self._job.numel if stop is None else stop
+        inputs = self._job.inputs
+        lane = self._lane
+        waiting: deque[tuple[int, int, Future[list[Tensor]], int]] = deque()
+        busy: dict[int, list[Wait]] = {}
+        ranges = ((at, min(at + self._step, stop)) for at in range(start, stop, self._step))
+        slot = 0
+        try:
+            for begin, end in ranges:
+                for wait in busy.pop(slot, []):
+                    wait()
+                waiting.append((begin, end, lane.reader.submit(self._read, inputs, begin, end, slot), slot))
+                slot = (slot + 1) % (AHEAD + 1)
+                if len(waiting) > AHEAD:
+                    yield self._serve(*waiting.popleft(), busy)
+            while waiting:
+                yield self._serve(*waiting.popleft(), busy)
+        finally:
+            for _, _, future, _ in waiting:
+                future.cancel() or future.exception()
+            for waits in busy.values():
+                for wait in waits:
+                    wait()
+
+    def _read(self, inputs: tuple[Input, ...], begin: int, end: int, slot: int) -> list[Tensor]:
+        raw = []
+        for number, source in enumerate(inputs):
+            checkpoint = self._checkpoints[source.model]
+            itemsize = checkpoint.tensors[source.tensor].storage.itemsize
+            buffer = self._lane.buffer(("read", slot, number), (end - begin) * itemsize)
+            raw.append(checkpoint.read(source.tensor, begin, end, buffer))
+        return raw
+
+    def _serve(
+        self, begin: int, end: int, future: Future[list[Tensor]], slot: int, busy: dict[int, list[Wait]]
+    ) -> Tile:
+        if self._lane.stop.is_set():
+            raise Cancelled
+        raw = future.result()
+        sources_KT = self._lane.work("sources", (self.K, end - begin), self.dtype)
+        base_T = self._lane.work("base", (end - begin,), self.dtype) if self.has_base else None
+        targets = [*sources_KT.unbind(0), *([base_T] if base_T is not None else [])]
+        busy[slot] = [self._lane.stage.upload(raw_T, out_T) for raw_T, out_T in zip(raw, targets)]
+        return Tile(begin, end, sources_KT, base_T)
+
+
+def tile_step(job: Job, checkpoints: Sequence[Checkpoint], tile_elements: int) -> int:
+    """Elements of a tile: `tile_elements`, or whole rows where an input is computed row by row (LoRA, scales)."""
+    granule = ALIGN
+    if len(job.shape) > 1 and any(checkpoints[i.model].extent(i.tensor) is None for i in job.inputs):
+        granule = math.lcm(job.shape[-1], ALIGN)
+    return max(1, tile_elements // granule) * granule
+
+
+def tile_bytes(job: Job, checkpoints: Sequence[Checkpoint], tile_elements: int) -> int:
+    """Bytes that a lane needs for the tiles of this job: read buffers, working copies, temporaries and output buffers."""
+    step = min(tile_step(job, checkpoints, tile_elements), max(job.numel, 1))
+    stored = sum(checkpoints[i.model].tensors[i.tensor].storage.itemsize for i in job.inputs)
+    work = DTYPES[job.work].itemsize
+    resident = sum(checkpoints[i.model].resident_bytes(i.tensor) for i in job.inputs)
+    return resident + step * ((AHEAD + 1) * stored + work * (len(job.inputs) + 4) + 3 * DTYPES[job.dtype].itemsize)

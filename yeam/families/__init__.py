@@ -1,0 +1,29 @@
+"""What tensors mean: roles, layer stacks, fused layouts, tied weights, from config.json, names and shapes alone."""
+
+from yeam.families.anatomy import Anatomy, Meaning, describe
+from yeam.families.depth import ConfigUpdate, config_updates
+from yeam.families.naming import aliases_of
+from yeam.families.sites import GROUPS, ROLES
+from yeam.families.stacks import Stack, rename_layer
+from yeam.families.table import FAMILIES, Family
+from yeam.families.ties import tied
+from yeam.families.traits import Traits
+from yeam.families.views import View
+
+__all__ = [
+    "FAMILIES",
+    "GROUPS",
+    "ROLES",
+    "Anatomy",
+    "ConfigUpdate",
+    "Family",
+    "Meaning",
+    "Stack",
+    "Traits",
+    "View",
+    "aliases_of",
+    "config_updates",
+    "describe",
+    "rename_layer",
+    "tied",
+]

@@ -1,0 +1,199 @@
+"""Sites from names and shapes alone, for architectures that the table does not hold. Never raises, never drops.
+
+The rules look at the last words of a module path and at the block that it stands in. What none of them recognises, and
+everything inside a state-space or linear-attention block, is `other`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+Shape = tuple[int, ...]
+
+_WEIGHT_WORDS = frozenset({"weight", "gamma", "kernel"})
+_BIAS_WORDS = frozenset({"bias", "beta"})
+
+_ATTENTION = re.compile(r"att(n|ention)|^mha$")
+_CROSS = re.compile(r"cross|enc_?dec|^encoder_att")
+_MLP = re.compile(r"mlp|ffn|feed_?forward|^ffw?$|^ff_|dense_?relu|moe|expert|^fc$")
+_STATE_SPACE = re.compile(r"mamba|^ssm|linear_att|rwkv|time_mix|delta_?net|retention|short_?conv|^gla$|hyena")
+_STATE_SPACE_PARAMS = frozenset({"a_log", "dt_bias", "dt_proj", "x_proj", "time_decay", "time_mix_key", "time_maa_x", "slope_rate", "key_decay"})
+_BUFFER = re.compile(r"inv_freq|position_ids|token_type_ids|masked_bias|causal_mask|num_batches_tracked|running_(mean|var)|"
+                     r"(cos|sin)_cached|^rotary_(emb|pos_emb)$|^alibi|num_tokens_tracked")  # fmt: skip
+_QUANTISED = re.compile(r"weight_scale|input_scale|scale_inv|^scales$|^qzeros$|^absmax$")
+_SCALE = re.compile(r"^scales?$|_scales?$|layer_?scale|^ls_?\d$|^lambda_?\d$")
+_NORM = re.compile(r"norm|^ln|_ln$|_ln_|^rms|ln_")
+_POSITION = re.compile(r"^wpe$|pos(ition)?(al)?_?emb|embed_positions|pos_embed|rel(ative)?_(pos|attention_bias)|position_table")
+_TOKEN = re.compile(r"(cls|class|mask|register|query|latent|prompt|pad)_?(token|embedding|embed|queries)s?$|^probe$|"
+                    r"^query_tokens|image_newline|^latents$")  # fmt: skip
+_EMBEDDING = re.compile(r"^(word|tok(en)?|input|text|vocab|src|tgt)?_?(embed|embedding|embeddings|embd|emb)s?(_tokens?|_in)?$|"
+                        r"^w[tk]e$|^shared$|^tokens_embed$|^embed_(tokens|in|token)$")  # fmt: skip
+_HEAD = re.compile(r"^(lm_head|embed_out|proj_out|unembed(ding)?|output_projection|output|lm_heads?|score|classifier|"
+                   r"classification_head|qa_outputs|cls|head|heads|final_logits|vocab_proj(ector)?|predictions|generator|"
+                   r"generator_(predictions|lm_head)|lm_loss)$")  # fmt: skip
+_PROJECTOR = re.compile(r"projector|connector|aligner|^merger$|modality_proj|visual_projection|text_projection|"
+                        r"^embed_(vision|audio|image)$|embedding_projection|^mm_")  # fmt: skip
+_VOCABULARY_HEAD = re.compile(r"lm_head|lm_loss|embed_out|proj_out|output|unembed|logits|vocab|predictions|generator")
+_GATED = frozenset({"up", "up_proj", "fc1", "w1"})
+_HASHED = re.compile(r"hash|n_?gram")
+
+# last word of the module -> site, wherever it stands
+_ANYWHERE = {
+    **dict.fromkeys(("q_proj", "wq", "query", "q_lin", "to_q", "query_proj", "linear_q", "q_attn"), "q"),
+    **dict.fromkeys(("k_proj", "wk", "key", "k_lin", "to_k", "key_proj", "linear_k"), "k"),
+    **dict.fromkeys(("v_proj", "wv", "value", "v_lin", "to_v", "value_proj", "linear_v"), "v"),
+    **dict.fromkeys(("qkv", "qkv_proj", "query_key_value", "wqkv", "w_pack", "to_qkv", "linear_qkv", "att_proj"), "qkv"),
+    **dict.fromkeys(("kv_proj", "c_kv", "to_kv", "wkv", "key_value", "linear_kv"), "kv"),
+    **dict.fromkeys(("q_a_proj", "wq_a", "q_down_proj"), "q_a"),
+    **dict.fromkeys(("q_b_proj", "wq_b", "q_up_proj"), "q_b"),
+    **dict.fromkeys(("kv_a_proj_with_mqa", "wkv_a", "kv_a_proj", "kv_down_proj"), "kv_a"),
+    **dict.fromkeys(("kv_b_proj", "wkv_b", "kv_up_proj"), "kv_b"),
+    **dict.fromkeys(("o_proj", "attn_out", "to_out", "out_lin"), "o"),
+    **dict.fromkeys(("gate_proj", "wi_0", "w_gate", "linear_gate"), "gate"),
+    **dict.fromkeys(("up_proj", "wi", "wi_1", "w3", "fc1", "c_fc", "fc_in", "lin1", "linear1", "dense_h_to_4h", "linear_v1"), "up"),
+    **dict.fromkeys(("down_proj", "w2", "fc2", "fc_out", "lin2", "linear2", "dense_4h_to_h", "ff_out"), "down"),
+    **dict.fromkeys(("gate_up_proj", "w12", "w13", "up_gate_proj", "gate_and_up_proj", "gate_up"), "gate_up"),
+    **dict.fromkeys(("router", "wg", "e_score_correction"), "router"),
+    "shared_expert_gate": "shared_router",
+}
+_IN_ATTENTION = {
+    "q": "q", "k": "k", "v": "v", "o": "o", "kv": "kv", "c_attn": "qkv", "in_proj": "qkv",
+    **dict.fromkeys(("out_proj", "wo", "c_proj", "dense", "proj", "out", "output", "output_proj", "linear_out"), "o"),
+    "projection_layer": "o",
+}  # fmt: skip
+_IN_MLP = {
+    **dict.fromkeys(("linear_1", "dense_in", "in_proj", "intermediate"), "up"),
+    **dict.fromkeys(("wo", "c_proj", "output", "linear_2", "dense_out", "out_proj", "proj", "output_linear"), "down"),
+    "input_linear": "gate_up",
+}  # fmt: skip
+
+
+def state_space_blocks(paths: Collection[str]) -> frozenset[str]:
+    """The modules that hold a parameter only state-space or linear-attention layers have; all inside of them is `other`."""
+    found = set()
+    for path in paths:
+        parts = path.split(".")
+        for i, part in enumerate(parts):
+            if part.lower() in _STATE_SPACE_PARAMS and i:
+                found.add(".".join(parts[:i]))
+    return frozenset(found)
+
+
+def site_of(path: str, shape: Shape, beside: Collection[str] = (), in_layer: bool = False) -> tuple[str, bool]:
+    """(site, is it a bias) of a tensor named `path` (relative to its layer, or whole outside of layers).
+
+    `beside` are the names next to its module (`gate_proj` has `up_proj` beside it), to tell a gated `w1` from a plain
+    one and a router from a gate. `("other", False)` where no rule fits.
+    """
+    parts = [part.lower() for part in path.split(".")]
+    is_bias, module = _parameter(parts)
+    words = [word for word in module if not word.isdecimal()]
+    if not words:
+        return "other", False
+    leaf, context = words[-1], words[:-1]
+    if any(_BUFFER.search(word) for word in words) or (is_bias and len(shape) == 4 and _ATTENTION.search(leaf)):
+        return "buffer", False
+    if any(_STATE_SPACE.search(word) for word in words) or any(_HASHED.search(word) for word in words):
+        return "other", False
+    if _QUANTISED.search(parts[-1]) or (shape and (_SCALE.search(parts[-1]) or _SCALE.search(leaf))):
+        return "scale", False
+    if shape == ():
+        return "other", False
+    site = _site(leaf, context, shape, frozenset(beside), in_layer)
+    return site, is_bias and site != "other"
+
+
+def _parameter(parts: list[str]) -> tuple[bool, list[str]]:
+    """(is a bias, module words): drops `weight` or `bias`, also as the suffix of a bare parameter (`in_proj_weight`)."""
+    last = parts[-1]
+    if last in _WEIGHT_WORDS or last in _BIAS_WORDS:
+        return last in _BIAS_WORDS, parts[:-1]
+    for suffix, is_bias in (("_weight", False), ("_bias", True)):
+        if last.endswith(suffix) and not _POSITION.search(last):
+            return is_bias, [*parts[:-1], last.removesuffix(suffix)]
+    return False, parts
+
+
+def _site(leaf: str, context: list[str], shape: Shape, beside: Collection[str], in_layer: bool) -> str:
+    attention = any(_ATTENTION.search(word) for word in context)
+    mlp = any(_MLP.search(word) for word in context)
+    norm = _norm_word(leaf, context, shape)
+    if norm is not None:
+        return _norm_site(norm, context, in_layer)
+    if any(_POSITION.search(word) for word in (leaf, *context)) and len(shape) >= 2:
+        return "relative_position" if in_layer and "rel" in leaf else "position"
+    if _TOKEN.search(leaf):
+        return "token"
+    site = _ANYWHERE.get(leaf)
+    if site is None and attention:
+        site = _IN_ATTENTION.get(leaf)
+    if site is None and (mlp or in_layer):
+        site = _mlp_site(leaf, context, beside, mlp)
+    if site is not None:
+        return _scope_prefix(context, attention) + site
+    if any(_PROJECTOR.search(word) for word in (leaf, *context)):
+        return "projector"
+    if len(shape) >= 3:
+        return "conv" if re.search(r"conv|patch|proj", ".".join((*context, leaf))) else "other"
+    if not in_layer and not attention and not mlp:
+        return _outside(leaf, context, shape)
+    return "embedding" if _EMBEDDING.search(leaf) and len(shape) == 2 else "other"
+
+
+def _mlp_site(leaf: str, context: list[str], beside: Collection[str], mlp: bool) -> str | None:
+    if leaf in ("up", "down"):
+        return leaf
+    if leaf == "w1":
+        return "gate" if "w3" in beside else "up"
+    if leaf == "gate":
+        # beside an up projection it multiplies it, beside experts it chooses among them
+        return "gate" if _GATED.intersection(beside) else "router" if mlp or "experts" in beside else None
+    if mlp and context[-1] in ("router", "gate"):
+        return "router"
+    if leaf == "dense" and context:  # BERT's names
+        return {"intermediate": "up", "output": "down"}.get(context[-1])
+    return _IN_MLP.get(leaf) if mlp else None
+
+
+def _outside(leaf: str, context: list[str], shape: Shape) -> str:
+    if leaf in ("token_type_embeddings", "segment_embeddings"):
+        return "token_type"
+    if len(shape) == 2 and _EMBEDDING.search(leaf):
+        return "embedding"
+    if "pooler" in (leaf, *context):
+        return "pooler"
+    if leaf == "decoder" and not context:
+        return "head"
+    if _HEAD.search(leaf):
+        return "head" if _VOCABULARY_HEAD.search(leaf) else "classifier"
+    if any(_HEAD.search(word) for word in context):
+        return "head" if leaf == "decoder" else "head_transform"
+    return "conv" if re.search(r"conv|patch", ".".join((*context, leaf))) else "other"
+
+
+def _norm_word(leaf: str, context: list[str], shape: Shape) -> str | None:
+    """The word that says norm: the module's, or its parent's for a list of norms, one per head."""
+    if context and _NORM.search(context[-1]) and len(shape) == 1:
+        return context[-1]
+    return leaf if _NORM.search(leaf) and len(shape) <= 2 else None
+
+
+def _norm_site(norm: str, context: list[str], in_layer: bool) -> str:
+    if re.match(r"q(uery)?_?(norm|layer_?norm|ln)", norm):
+        return "q_norm"
+    if re.match(r"k(ey)?_?(norm|layer_?norm|ln)", norm):
+        return "k_norm"
+    if in_layer or any(_PROJECTOR.search(word) for word in context):
+        return "norm"
+    if any("embed" in word for word in (norm, *context)) or re.search(r"ln_pre|norm_pre|pre_?lay(er|r)norm", norm):
+        return "embedding_norm"
+    return "head_norm" if any(_HEAD.search(word) for word in context) else "final_norm"
+
+
+def _scope_prefix(context: list[str], attention: bool) -> str:
+    if attention and any(_CROSS.search(word) for word in context):
+        return "cross."
+    if any("shared_expert" in word or "shared_mlp" in word for word in context):
+        return "shared_expert."
+    return "expert." if any("expert" in word for word in context) else ""

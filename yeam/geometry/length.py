@@ -1,0 +1,78 @@
+"""How far to follow the merged update: agreement, displacement, progress, and the law that joins them.
+
+Legend: K sources, T elements of a tile.
+
+    r = mean_k ‖V_k‖ / ‖base‖ ,  p = mean_k ⟨X̂, V_k⟩ / ‖V_k‖² ,  q = 2 ‖x_rays‖ / mean_k ‖V_k‖
+    output = base + λ · min((0.45 · r^(−0.3))^α, 1/p, q) · X̂ ,   X̂ = X · mean_k ‖V_k‖ / ‖X‖
+
+Gentle fine-tunes may be followed further than harsh ones, never beyond the sources' own average progress (1/p), and never to
+more than twice what the rays left (q). All sums are kept in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Sums over the tiles of one tensor: gram_KK = ⟨V_k, V_l⟩, ‖base‖², ‖x_rays‖² (float64, on the CPU)."""
+
+    gram_KK: Tensor
+    base_square: float = 0.0
+    point_square: float = 0.0
+
+    @classmethod
+    def of(cls, K: int) -> Moments:
+        return cls(torch.zeros(K, K, dtype=torch.float64))
+
+    def add(self, delta_KT: Tensor, base_T: Tensor | None, point_T: Tensor) -> None:
+        """Add one tile: the updates [K, T], the base [T] where there is one, and the rays' point [T]."""
+        self.gram_KK += (delta_KT @ delta_KT.T).double().cpu()
+        if base_T is not None:
+            self.base_square += float(torch.dot(base_T, base_T))
+        self.point_square += float(torch.dot(point_T, point_T))
+
+    @property
+    def norms_K(self) -> Tensor:
+        return self.gram_KK.diagonal().clamp(min=0).sqrt()
+
+    @property
+    def mean_norm(self) -> float:
+        return float(self.norms_K.mean())
+
+
+def agreement(gram_KK: Tensor) -> float:
+    """0 for unrelated updates, 1 for equal ones and for a single one.
+
+    clip((K·A − 1)/(K − 1), 0, 1) with A = ‖Σ V_k‖² / (K Σ ‖V_k‖²), from the Gram matrix [K, K] of the updates.
+    """
+    K = len(gram_KK)
+    if K == 1:
+        return 1.0
+    total = float(gram_KK.diagonal().sum())
+    if total <= 0:
+        return 1.0
+    return min(1.0, max(0.0, (float(gram_KK.sum()) / total - 1) / (K - 1)))
+
+
+def step_length(moments: Moments, *, alpha: float, progress: float) -> float:
+    """The factor on X̂ for a matrix: min((0.45 · r^(−0.3))^α, 1/p, q).
+
+    progress: p of X̂. A progress of 0 or less sets no bound. With a base of norm 0 (the origin) alpha must be 0.
+    """
+    scale = point_bound(moments)
+    if moments.base_square > 0:
+        displacement = moments.mean_norm / moments.base_square**0.5
+        scale = min(scale, (0.45 * max(displacement, 1e-12) ** -0.3) ** alpha)
+    else:
+        scale = min(scale, 1.0)
+    return min(scale, 1 / progress) if progress > 0 else scale
+
+
+def point_bound(moments: Moments) -> float:
+    """q = 2 ‖x_rays‖ / mean_k ‖V_k‖: sources that contradict each other move little. 0 where nothing moves."""
+    return 2 * moments.point_square**0.5 / moments.mean_norm if moments.mean_norm > 0 else 0.0

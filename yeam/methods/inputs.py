@@ -1,0 +1,45 @@
+"""What a method sees of one output tensor: tiles of the sources and of the base, read as often as it asks.
+
+Legend: K sources, T elements of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass
+class Tile:
+    """Elements [start, stop) of the flattened tensor: sources_KT [K, T] and base_T [T] (None without a base), in the working
+    dtype on the device. The memory is the engine's and is used again for the next tile: keep copies, not views."""
+
+    start: int
+    stop: int
+    sources_KT: Tensor
+    base_T: Tensor | None
+
+
+class Inputs(Protocol):
+    """The inputs of one output tensor, as the engine serves them.
+
+    shape: of the tensor. K: number of sources. has_base: whether tiles carry the base. device and dtype: of the tiles
+    (float32; float64 where an input is stored so; the storage dtype under `math: exact`).
+    """
+
+    shape: tuple[int, ...]
+    K: int
+    has_base: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    def tiles(self, start: int = 0, stop: int | None = None) -> Iterator[Tile]:
+        """The tiles of elements [start, stop) in order; may be called again for another pass."""
+
+    def record(self, **facts: Any) -> None:
+        """Note JSON-serialisable facts about this tensor for the report (norms, agreement, gates)."""

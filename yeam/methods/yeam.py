@@ -1,0 +1,199 @@
+"""The geometric merge: rays in R⁴, frames, and a length that needs no tuning.
+
+Legend: K sources, T elements of a tile, M rows, N columns, S stacked matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt
+
+from yeam.methods.inputs import Inputs, Tile
+from yeam.methods.registry import PerSource, Whole, merge_method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PANEL_ROWS = 16_384
+LEAST_SIDE = 8
+
+Frames = Literal[4, 16, 64, 256, "spectral", "none"]
+
+
+def panels(shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """(first element, rows, columns) of the matrices that frames see in a tensor; empty where it has none.
+
+    A matrix with both sides ≥ 8 is one panel; one of more than 16,384 rows is cut into equal panels of at most that height, each
+    treated as a matrix of its own, so that memory stays bounded. A stack [S, M, N] (packed experts) is S matrices.
+    """
+    if len(shape) not in (2, 3) or min(shape[-2:]) < LEAST_SIDE:
+        return []
+    rows, columns = shape[-2:]
+    count = math.ceil(rows / PANEL_ROWS)
+    edges = [rows * i // count for i in range(count + 1)]
+    return [
+        ((s * rows + top) * columns, bottom - top, columns)
+        for s in range(math.prod(shape[:-2]))
+        for top, bottom in zip(edges, edges[1:])
+    ]
+
+
+def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
+    frames = values["frames"]
+    if frames == "none" or K == 1 or not panels(shape):
+        return 0
+    _, rows, columns = max(panels(shape), key=lambda panel: panel[1])
+    if frames == "spectral":
+        return 4 * (rows * columns + 4 * min(rows, columns) ** 2)
+    return 4 * (rows * columns + 4 * max(rows, columns) * frames)
+
+
+@merge_method("yeam", base="optional", needs=Whole, resident=_resident, exact=False)
+def yeam(
+    inputs: Inputs,
+    *,
+    weight: PerSource[float] = (1.0,),
+    softness: Annotated[float, Gt(0)] = 4.0,
+    frames: Frames = 64,
+    rounds: Annotated[int, Ge(1)] | None = None,
+    lambda_: float = 1.0,
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """Rays in R⁴ resolved into one update, spread evenly over frames of axes, followed as far as the sources allow.
+
+    weight: of each source's update. softness: μ of the rays' intersection. frames: width of the frames, `spectral` for the limit of a
+    single frame as wide as the matrix, `none` to skip them. rounds: of regrouping, 2 by default (4 for frames of 4).
+    lambda: strength, 1 by default and not meant to need tuning. seed: of the frames' permutations.
+    Without a base model the base is the origin: the weights themselves are the updates, and frames are not used.
+    Yields the output in tiles, float32 (float64 for float64 inputs).
+    """
+    rounds = rounds or (4 if frames == 4 else 2)
+    shapes = panels(inputs.shape) if frames != "none" and inputs.has_base and inputs.K > 1 else []
+    if not shapes:
+        yield from _stream(inputs, weight, softness, lambda_)
+    for start, rows, columns in shapes:
+        yield from _matrix(inputs, start, rows, columns, weight, softness, frames, rounds, lambda_, seed)
+
+
+def _deltas(tile: Tile, weight: PerSource[float]) -> Tensor:
+    """weight_k · (source_k − base), in place of the sources."""
+    delta_KT = tile.sources_KT
+    if tile.base_T is not None:
+        delta_KT -= tile.base_T
+    for k, factor in enumerate(weight):
+        if factor != 1.0:
+            delta_KT[k] *= factor
+    return delta_KT
+
+
+def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength: float) -> Iterator[Tensor]:
+    """Rays and length without frames: the point is a function of the tile, so two passes over tiles are enough."""
+    import torch
+
+    from yeam.geometry.length import Moments, agreement, point_bound, step_length
+    from yeam.geometry.rays import ray_point
+
+    if inputs.K == 1:
+        yield from _follow(inputs, weight[0] * strength)
+        return
+    moments = Moments.of(inputs.K)
+    along_K = torch.zeros(inputs.K, dtype=torch.float64)
+    for tile in inputs.tiles():
+        delta_KT = _deltas(tile, weight)
+        point_T = ray_point(delta_KT, softness)
+        moments.add(delta_KT, tile.base_T, point_T)
+        along_K += (delta_KT @ point_T).double().cpu()
+    alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
+    if len(inputs.shape) == 2 and min(inputs.shape) >= LEAST_SIDE:
+        unit = moments.mean_norm / moments.point_square**0.5 if moments.point_square > 0 else 0.0
+        scale = step_length(moments, alpha=alpha, progress=_progress(along_K * unit, moments.gram_KK))
+    else:
+        scale = min(1.0, point_bound(moments))
+    factor = strength * scale * moments.mean_norm / moments.point_square**0.5 if moments.point_square > 0 else 0.0
+    _record(inputs, moments, factor * moments.point_square**0.5, scale)
+    for tile in inputs.tiles():
+        if factor == 0 and tile.base_T is not None:
+            yield tile.base_T
+            continue
+        point_T = ray_point(_deltas(tile, weight), softness).mul_(factor)
+        yield point_T if tile.base_T is None else point_T.add_(tile.base_T)
+
+
+def _follow(inputs: Inputs, factor: float) -> Iterator[Tensor]:
+    """A single source is followed exactly: lerp returns the source itself, to the bit, at 1."""
+    import torch
+
+    for tile in inputs.tiles():
+        source_T = tile.sources_KT[0]
+        yield source_T * factor if tile.base_T is None else torch.lerp(tile.base_T, source_T, factor)
+
+
+def _matrix(
+    inputs: Inputs,
+    start: int,
+    rows: int,
+    columns: int,
+    weight: PerSource[float],
+    softness: float,
+    frames: Frames,
+    rounds: int,
+    strength: float,
+    seed: int,
+) -> Iterator[Tensor]:
+    """One panel: rays tile by tile into memory, frames there, then the length and the output in two more passes over tiles."""
+    import torch
+
+    from yeam.geometry.frames import spread_, spread_spectral_
+    from yeam.geometry.length import Moments, agreement, step_length
+    from yeam.geometry.rays import ray_point
+
+    stop = start + rows * columns
+    point_MN = torch.empty(rows, columns, dtype=inputs.dtype, device=inputs.device)
+    flat_T = point_MN.view(-1)
+    moments = Moments.of(inputs.K)
+    for tile in inputs.tiles(start, stop):
+        delta_KT = _deltas(tile, weight)
+        point_T = ray_point(delta_KT, softness, out=flat_T[tile.start - start : tile.stop - start])
+        moments.add(delta_KT, tile.base_T, point_T)
+    if moments.point_square == 0:
+        _record(inputs, moments, 0.0, 0.0)
+        yield from (tile.base_T for tile in inputs.tiles(start, stop) if tile.base_T is not None)
+        return
+    alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
+    if frames == "spectral":
+        spread_spectral_(point_MN, alpha=alpha)
+    elif frames != "none":
+        spread_(point_MN, alpha=alpha, width=frames, rounds=rounds, seed=seed)
+    square = 0.0
+    along_K = torch.zeros(inputs.K, dtype=torch.float64)
+    for tile in inputs.tiles(start, stop):
+        point_T = flat_T[tile.start - start : tile.stop - start]
+        along_K += (_deltas(tile, weight) @ point_T).double().cpu()
+        square += float(torch.dot(point_T, point_T))
+    unit = moments.mean_norm / square**0.5
+    scale = step_length(moments, alpha=alpha, progress=_progress(along_K * unit, moments.gram_KK))
+    _record(inputs, moments, strength * scale * moments.mean_norm, scale)
+    for tile in inputs.tiles(start, stop):
+        assert tile.base_T is not None
+        point_T = flat_T[tile.start - start : tile.stop - start]
+        yield tile.base_T.add_(point_T, alpha=strength * scale * unit)
+
+
+def _progress(along_K: Tensor, gram_KK: Tensor) -> float:
+    """p = mean_k ⟨X̂, V_k⟩ / ‖V_k‖²."""
+    return float((along_K / gram_KK.diagonal().clamp(min=1e-300)).mean())
+
+
+def _record(inputs: Inputs, moments: Any, moved: float, scale: float) -> None:
+    from yeam.geometry.length import agreement
+
+    inputs.record(
+        update_norms=[float(norm) for norm in moments.norms_K],
+        base_norm=moments.base_square**0.5,
+        agreement=agreement(moments.gram_KK),
+        scale=scale,
+        moved=abs(moved),
+    )

@@ -1,0 +1,171 @@
+"""The plan: a pure, JSON-serialisable list of jobs, one for each output tensor, made from headers alone.
+
+The same inputs and recipe give the same plan in every process; its hash is what makes a run resumable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from yeam.checkpoint.dtypes import DTYPES
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor of an input model: index into `Plan.models` and the tensor's name there."""
+
+    model: int
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One output tensor.
+
+    `dtype` is the output's safetensors code, `work` the dtype of the arithmetic. `method` is a registered merge method or `copy`, which
+    writes the single source's values unchanged. `parameters` are validated and resolved for this tensor; those that each
+    model has its own of hold one value a source. `shard`, `begin`, `end` are the exact bytes in the output (-1 before layout).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: str
+    method: str
+    sources: tuple[Input, ...]
+    base: Input | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    work: str = "F32"
+    roles: tuple[str, ...] = ()
+    layer: int | None = None
+    resident: int = 0
+    shard: int = -1
+    begin: int = -1
+    end: int = -1
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPES[self.dtype].itemsize
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        return (*self.sources, self.base) if self.base is not None else self.sources
+
+
+@dataclass(frozen=True)
+class Model:
+    """An input model as the plan saw it: the user's reference and a fingerprint of its files."""
+
+    reference: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An output file: its name, its size in bytes, and its safetensors header (length field and padding included)."""
+
+    file: str
+    nbytes: int
+    header: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge will do, whole.
+
+    `config` is the output's config.json (None where no input has one); `donor` is the model that other files are taken from,
+    `tokenizer_donor` the one for tokenizer files; `chat_template` is a Jinja text or None to keep the tokenizer's own.
+    """
+
+    method: str
+    models: tuple[Model, ...]
+    jobs: tuple[Job, ...]
+    donor: int
+    tokenizer_donor: int
+    config: Mapping[str, Any] | None = None
+    chat_template: str | None = None
+    shards: tuple[Shard, ...] = ()
+    plugins: tuple[str, ...] = ()
+    allow_nan: bool = False
+    notes: tuple[str, ...] = ()
+    version: int = PLAN_VERSION
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(job.nbytes for job in self.jobs)
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(job.numel for job in self.jobs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON types."""
+        return asdict(self)
+
+    def hash(self) -> str:
+        """32 hex digits that change when anything that decides the output's bytes changes."""
+        from yeam._version import __version__
+
+        content = json.dumps([__version__, self.to_dict()], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def layout(plan: Plan, shard_size: int) -> Plan:
+    """The plan with every job's shard and byte range set, and the shards' headers.
+
+    Tensors fill shards in order, as transformers does; a tensor larger than `shard_size` (bytes) has a shard of its own. Inside a
+    shard wider types come first, so that every tensor is aligned. Raises nothing: any order of jobs can be laid out.
+    """
+    groups: list[list[int]] = [[]]
+    filled = 0
+    for index, job in enumerate(plan.jobs):
+        if groups[-1] and filled + job.nbytes > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(index)
+        filled += job.nbytes
+    jobs = list(plan.jobs)
+    shards = []
+    for number, group in enumerate(groups):
+        group.sort(key=lambda i: -DTYPES[plan.jobs[i].dtype].itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for i in group:
+            job = plan.jobs[i]
+            header[job.name] = {
+                "dtype": job.dtype,
+                "shape": list(job.shape),
+                "data_offsets": [offset, offset + job.nbytes],
+            }
+            offset += job.nbytes
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        text += " " * (-len(text.encode()) % 8)
+        first = 8 + len(text.encode())
+        for i in group:
+            begin, end = header[plan.jobs[i].name]["data_offsets"]
+            jobs[i] = replace(plan.jobs[i], shard=number, begin=first + begin, end=first + end)
+        shards.append(Shard(shard_name(number, len(groups)), first + offset, text))
+    return replace(plan, jobs=tuple(jobs), shards=tuple(shards))
+
+
+def shard_name(number: int, count: int) -> str:
+    """`model.safetensors`, or `model-0000i-of-0000n.safetensors` counted from 1."""
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def index_json(plan: Plan) -> str:
+    """`model.safetensors.index.json` as transformers writes it."""
+    files = {job.name: plan.shards[job.shard].file for job in plan.jobs}
+    metadata = {"total_parameters": plan.total_parameters, "total_size": plan.total_bytes}
+    return json.dumps({"metadata": metadata, "weight_map": files}, indent=2, sort_keys=True) + "\n"

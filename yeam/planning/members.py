@@ -1,0 +1,126 @@
+"""The models that take part in a merge: opened once each, described, and asked for tensors by the output's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from yeam.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from yeam.errors import CheckpointError, UserError
+from yeam.families import Anatomy, Stack, aliases_of, describe
+from yeam.recipe import LoadedRecipe, ModelRef
+
+
+@dataclass(eq=False)
+class Member:
+    """One input model: its reference, its index in the plan, its checkpoint, and what its tensors mean."""
+
+    ref: ModelRef
+    index: int
+    checkpoint: Checkpoint
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
+        return describe(self.checkpoint.config, shapes)
+
+    @cached_property
+    def duplicates(self) -> dict[str, str]:
+        """Names that are the same tensor as another one, by the config's ties or by shared storage → the one that is kept."""
+        pairs = {**self.checkpoint.aliases, **dict(self.anatomy.ties)}
+        return {name: kept for name, kept in pairs.items() if kept in self.checkpoint.tensors}
+
+    def find(self, name: str, owner: Member) -> str | None:
+        """This model's name of `owner`'s tensor `name`: the same, another spelling of its prefix, or what it is tied to."""
+        for candidate in self._spellings(name, owner):
+            if candidate in self.duplicates:
+                return self.duplicates[candidate]
+            if candidate in self.checkpoint.tensors:
+                return candidate
+        return None
+
+    def owns(self, name: str, owner: Member) -> bool:
+        """Whether `owner`'s tensor `name` is a tensor of its own here, not tied to another one."""
+        return any(
+            candidate in self.checkpoint.tensors and candidate not in self.duplicates
+            for candidate in self._spellings(name, owner)
+        )
+
+    def _spellings(self, name: str, owner: Member) -> Iterator[str]:
+        yield name
+        if name not in self.checkpoint.tensors:
+            yield from aliases_of(name, owner.anatomy)
+
+    def similar(self, stack: Stack) -> Stack:
+        """This model's stack that corresponds to another model's: of the same prefix, or the only one of the same last word.
+
+        A stack of no layers where there is none.
+        """
+        if stack.prefix in self.anatomy.stacks:
+            return self.anatomy.stacks[stack.prefix]
+        last = stack.prefix.rpartition(".")[2]
+        found = [s for s in self.anatomy.stacks.values() if s.prefix.rpartition(".")[2] == last]
+        return found[0] if len(found) == 1 else Stack(stack.prefix, 0)
+
+    def layer_tensors(self, stack: Stack, layer: int) -> list[tuple[str, Any]]:
+        """(rest of the name, role) of the tensors in a layer of this model's stack that corresponds to `stack`."""
+        return self._layers.get((self.similar(stack).prefix, layer), [])
+
+    @cached_property
+    def _layers(self) -> dict[tuple[str, int], list[tuple[str, Any]]]:
+        found: dict[tuple[str, int], list[tuple[str, Any]]] = {}
+        for name, role in self.anatomy.tensors.items():
+            split = self.anatomy.stacks[role.stack].split(name) if role.stack is not None else None
+            if split is not None and name not in self.duplicates:
+                found.setdefault((role.stack, split[0]), []).append((split[1], role))
+        return found
+
+    def info(self, name: str) -> TensorInfo:
+        return self.checkpoint.tensors[name]
+
+    def stored_dtype(self, name: str) -> str:
+        """The safetensors code that an output tensor takes from this input: its own, or what an adapter or scales hide."""
+        return self.checkpoint.natural_dtype(name)
+
+
+class Members(Sequence[Member]):
+    """The models of a recipe in the order in which it names them, each opened once."""
+
+    def __init__(self, loaded: LoadedRecipe, opener: Callable[..., Checkpoint] = open_checkpoint) -> None:
+        self._members: list[Member] = []
+        self._by_ref: dict[ModelRef, Member] = {}
+        try:
+            for path, ref in loaded.recipe.references():
+                if ref in self._by_ref:
+                    continue
+                lora = (ref.lora.path, ref.lora.revision) if ref.lora is not None else None
+                try:
+                    checkpoint = opener(ref.path, ref.revision, lora, reference=str(ref))
+                except UserError as error:
+                    raise type(error)(f"{loaded.locate(path)}: {error.message}", error.remedy) from error
+                if not checkpoint.tensors:
+                    raise CheckpointError(f"{loaded.locate(path)}: {ref} holds no tensors", "check the model")
+                self._by_ref[ref] = Member(ref, len(self._members), checkpoint)
+                self._members.append(self._by_ref[ref])
+        except BaseException:
+            self.close()
+            raise
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self._members[index]
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def of(self, ref: ModelRef) -> Member:
+        return self._by_ref[ref]
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        return [member.checkpoint for member in self._members]
+
+    def close(self) -> None:
+        for member in self._members:
+            member.checkpoint.close()

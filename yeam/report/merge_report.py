@@ -1,0 +1,99 @@
+"""What a merge did: the report that `yeam.merge` returns and `yeam_report.json` keeps."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from yeam._version import __version__
+from yeam.planning.jobs import Plan
+
+_PACKAGES = ("torch", "safetensors", "transformers", "huggingface_hub", "numpy")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The result of a merge.
+
+    `tensors` holds, for each output tensor, its method, role, inputs, checksum (XXH3-128 of its bytes), the norm of its values and what the
+    method noted: norms of the updates, their agreement, the step taken. `totals` sums them up; `seconds` is wall time of this
+    run; `resumed` counts tensors taken over from an interrupted run.
+    """
+
+    out: Path
+    method: str
+    models: list[str]
+    tensors: list[dict[str, Any]]
+    totals: dict[str, Any]
+    notes: list[str]
+    seconds: float
+    resumed: int
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        return {**asdict(self), "out": str(self.out)}
+
+
+def build_report(plan: Plan, finished: Mapping[str, Mapping[str, Any]], out: Path, seconds: float, resumed: int) -> MergeReport:
+    """The report of a finished plan; `finished` is the output's journal by tensor name."""
+    tensors = []
+    for job in plan.jobs:
+        entry = finished[job.name]
+        tensors.append(
+            {
+                "name": job.name,
+                "shape": list(job.shape),
+                "dtype": job.dtype,
+                "role": job.role,
+                "layer": job.layer,
+                "method": job.method,
+                "sources": [f"{plan.models[s.model].reference}: {s.tensor}" for s in job.sources],
+                "file": plan.shards[job.shard].file,
+                "xxh3": entry["xxh3"],
+                **entry["facts"],
+            }
+        )
+    return MergeReport(
+        out=out,
+        method=plan.method,
+        models=[model.reference for model in plan.models],
+        tensors=tensors,
+        totals=_totals(plan, tensors),
+        notes=list(plan.notes),
+        seconds=round(seconds, 3),
+        resumed=resumed,
+        versions=versions(),
+    )
+
+
+def _totals(plan: Plan, tensors: list[dict[str, Any]]) -> dict[str, Any]:
+    parts = [part for t in tensors for part in t.get("parts", [t["update"]] if "update" in t else [])]
+    totals: dict[str, Any] = {
+        "tensors": len(tensors),
+        "parameters": plan.total_parameters,
+        "bytes": plan.total_bytes,
+        "shards": len(plan.shards),
+    }
+    weight = sum(sum(n * n for n in part["update_norms"]) for part in parts if "agreement" in part)
+    if weight > 0:
+        shared = sum(part["agreement"] * sum(n * n for n in part["update_norms"]) for part in parts if "agreement" in part)
+        base = sum(part["base_norm"] ** 2 for part in parts)
+        totals["mean_agreement"] = shared / weight
+        totals["relative_change"] = (sum(part["moved"] ** 2 for part in parts) / base) ** 0.5 if base > 0 else None
+    return totals
+
+
+def versions() -> dict[str, str]:
+    """Versions of YeAM, Python and the packages that decide what a merge computes."""
+    found = {"yeam": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
