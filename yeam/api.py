@@ -49,11 +49,11 @@ def merge(
     """
     loaded = _load(config, overrides, like)
     target = output_folder(loaded, out)
-    from yeam.engine.output import check_output_apart, check_output_free
+    from yeam.engine.target import check_output_apart, check_output_free
 
     check_output_free(target, overwrite)
     with _opened(loaded) as members:
-        check_output_apart(target, [m.checkpoint.folder for m in members])
+        check_output_apart(target, [folder for m in members for folder in m.checkpoint.folders])
         plan = _plan(loaded, members, shard_size, allow_nan)
         return _carry_out(plan, loaded, members, target, device, memory, overwrite, resume, progress)
 
@@ -101,6 +101,20 @@ def plan(
     loaded = _load(config, overrides, like)
     with _opened(loaded) as members:
         return _plan(loaded, members, shard_size, allow_nan)
+
+
+def plan_costs(config: RecipeSource, **options: Any) -> tuple[Plan, dict[str, Any]]:
+    """The plan of a recipe and what it costs: `read_bytes`, `read_by_role` ((role, method) → bytes) and `peak_memory`.
+
+    Options and errors as in `plan`. peak_memory is an estimate of anonymous bytes with the default memory budget.
+    """
+    from yeam.engine.memory import default_budget
+    from yeam.engine.run import costs_of
+
+    loaded = _load(config, options.pop("overrides", ()), options.pop("like", None))
+    with _opened(loaded) as members:
+        made = _plan(loaded, members, options.pop("shard_size", None), options.pop("allow_nan", False))
+        return made, costs_of(made, members.checkpoints, default_budget())
 
 
 def inspect(model: str | os.PathLike[str]) -> Inspection:

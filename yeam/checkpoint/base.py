@@ -62,6 +62,11 @@ class Checkpoint(ABC):
     aliases: Mapping[str, str]
     notes: list[str]
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Every local folder that the model is read from: its own, and an adapter's."""
+        return (self.folder,)
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A short hash that changes when an input file changes (names, sizes, times or etags, headers)."""

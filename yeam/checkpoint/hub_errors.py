@@ -66,6 +66,9 @@ def explain(error: BaseException, repo: str, what: str) -> CheckpointError | Non
         return CheckpointError(
             f"{repo}: {what} failed: {type(error).__name__}", "try again; the file may be incomplete"
         )
+    # hf_xet, which downloads large files, raises plain RuntimeErrors.
+    if isinstance(error, RuntimeError) or type(error).__module__.startswith("huggingface_hub"):
+        return CheckpointError(f"{repo}: {what} failed: {type(error).__name__}", "try again")
     return None
 
 

@@ -40,12 +40,13 @@ def find_layout(names: Collection[str], where: str, adapter: Mapping[str, Any] |
         ("pytorch", "pytorch_model.bin", "bin"),
     )
     for kind, single, suffix in kinds:
+        index = f"{single}.index.json"
+        besides = ("the adapter in the same folder is not applied",) if "adapter_config.json" in names else ()
         if single in names:
-            ignored = f"{single}.index.json"
-            note = f"{ignored} is ignored: {single} holds the whole model"
-            return Layout(kind, (single,), notes=(note,) if ignored in names else ())
-        if f"{single}.index.json" in names:
-            return Layout(kind, index=f"{single}.index.json")
+            ignored = (f"{index} is ignored: {single} holds the whole model",) if index in names else ()
+            return Layout(kind, (single,), notes=ignored + besides)
+        if index in names:
+            return Layout(kind, index=index, notes=besides)
         found = [name for name in names if name.endswith(f".{suffix}") and not _is_other(name)]
         if found and (kind == "safetensors" or len(found) == 1 or _complete(found)):
             return _unusual(kind, found, where)

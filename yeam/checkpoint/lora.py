@@ -76,6 +76,10 @@ class LoraCheckpoint(Checkpoint):
         self.notes = [*base.notes, *self._adapter.notes, *ties.notes]
         self.notes.append(f"{len(self._changes)} tensors are changed by the adapter {self._adapter.reference}")
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return (*self._base.folders, *self._adapter.folders)
+
     def fingerprint(self) -> str:
         settings = json.dumps(self._adapter.config, sort_keys=True)
         text = "\0".join((self._base.fingerprint(), self._adapter.fingerprint(), settings))

@@ -20,18 +20,29 @@ _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_ma
 class Contents:
     """An adapter file sorted out: for each module its parts by kind, and tensors that replace a base tensor whole.
 
+    `spare` are what PEFT saves besides when the vocabulary has grown: `original_module`, which training did not touch,
+    and `modules_to_save` where the same tensor is there under its plain name.
+
     Kinds: `lora_A`, `lora_B`, `lora_B.bias`, `lora_embedding_A`, `lora_embedding_B`, `lora_magnitude_vector`, `tokens`.
     """
 
     modules: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
     replaced: dict[str, str] = field(default_factory=dict)
+    spare: list[str] = field(default_factory=list)
 
 
 def sort_out(keys: Iterable[str], where: str) -> Contents:
     """What each tensor of an adapter file is. Raises CheckpointError for two tensors in one role (two adapters)."""
     contents = Contents()
+    copies: dict[str, str] = {}
     for key in keys:
         parts = [part for part in key.removeprefix(_PREFIX).split(".") if part not in _WRAPPERS]
+        if "original_module" in parts:
+            contents.spare.append(key)
+            continue
+        if "modules_to_save" in parts[-3:-1]:
+            copies[".".join([*parts[: parts.index("modules_to_save")], parts[-1]])] = key
+            continue
         kind, module = _kind(parts)
         if kind is None:
             place: dict[str, str] = contents.replaced
@@ -43,6 +54,9 @@ def sort_out(keys: Iterable[str], where: str) -> Contents:
                 f"{where}: {place[role]!r} and {key!r} are both {role!r} of one module", "save one adapter per folder"
             )
         place[role] = key
+    for name, key in copies.items():
+        if contents.replaced.setdefault(name, key) != key:
+            contents.spare.append(key)
     return contents
 
 
@@ -56,8 +70,6 @@ def _kind(parts: list[str]) -> tuple[str | None, str]:
             return part + leaf, ".".join(parts[:position])
         if part == "token_adapter" and rest[:1] == ["trainable_tokens_delta"]:
             return "tokens", ".".join(parts[:position])
-    if parts[-3:-2] == ["modules_to_save"] or parts[-2:-1] == ["modules_to_save"]:
-        return None, ".".join([*parts[: parts.index("modules_to_save")], parts[-1]])
     return None, ".".join(part for part in parts if part != "base_layer")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from yeam.checkpoint.base import Checkpoint
+from yeam.checkpoint.folder import read_json
 from yeam.engine.output import Output
 from yeam.errors import CheckpointError
 from yeam.planning.jobs import Plan, index_json
@@ -14,6 +15,8 @@ from yeam.recipe import LoadedRecipe
 from yeam.report.card import model_card
 from yeam.report.merge_report import MergeReport
 from yeam.vocabulary.files import OTHER_FILES, code_files, tokenizer_files
+
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 def assemble(plan: Plan, loaded: LoadedRecipe, checkpoints: Sequence[Checkpoint], output: Output, report: MergeReport) -> None:
@@ -27,10 +30,12 @@ def assemble(plan: Plan, loaded: LoadedRecipe, checkpoints: Sequence[Checkpoint]
     files |= tokenizer_files(checkpoints[plan.tokenizer_donor].folder)
     files |= code_files(donor, dict(plan.config or {}))
     for name, path in files.items():
-        output.add_file(name, _read(path))
+        if plan.chat_template is None:
+            output.add_file(name, _read(path))
+        elif name not in TEMPLATE_FILES:
+            output.add_file(name, _without_template(path) if name == "tokenizer_config.json" else _read(path))
     if plan.chat_template is not None:
-        output.add_file("chat_template.jinja", plan.chat_template)
-        _drop_inline_template(output)
+        output.add_file(TEMPLATE_FILES[0], plan.chat_template)
     output.add_file("README.md", model_card(plan, loaded, report.out.name))
     output.add_file("yeam_config.yaml", loaded.text)
     output.add_file("yeam_report.json", json.dumps(report.to_dict(), indent=1) + "\n")
@@ -43,11 +48,9 @@ def _read(path: Path) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", "check the model's files") from error
 
 
-def _drop_inline_template(output: Output) -> None:
+def _without_template(path: Path) -> bytes:
     """A template inside tokenizer_config.json would compete with the one that the recipe chose."""
-    path = output.partial / "tokenizer_config.json"
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config.pop("chat_template", None) is not None:
-            output.add_file("tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    (output.partial / "chat_template.json").unlink(missing_ok=True)
+    config = read_json(path)
+    if config.pop("chat_template", None) is None:
+        return _read(path)
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.dtypes import DTYPES
-from yeam.engine.memory import Budget, anonymous_bytes, cores
+from yeam.engine.memory import anonymous_bytes, cores, keep_freed_memory
 from yeam.engine.output import Output
 from yeam.engine.readahead import ReadAhead
 from yeam.engine.stage import Stage, stage_for
@@ -65,12 +65,13 @@ def run(
     disk. On an error or an interrupt the output keeps what is finished.
     """
     started = time.monotonic()
+    keep_freed_memory()
     todo = [job for job in plan.jobs if job.name not in output.finished]
     tile = CUDA_TILE if device.type == "cuda" else CPU_TILE
-    lanes, budget = _lanes(todo, checkpoints, device, memory, tile)
+    lanes = _lanes(todo, checkpoints, device, memory, tile)
     done = len(plan.jobs) - len(todo)
     written = plan.total_bytes - sum(job.nbytes for job in todo)
-    crew = _Crew(plan, checkpoints, output, device, lanes, tile, budget)
+    crew = _Crew(plan, checkpoints, output, device, lanes, tile)
     with _intra_op_threads(max(1, cores() // lanes)), ReadAhead(checkpoints) as ahead:
         crew.start(_order(todo, lanes), ahead)
         try:
@@ -84,15 +85,26 @@ def run(
     return time.monotonic() - started
 
 
-def peak_bytes(plan: Plan, checkpoints: Sequence[Checkpoint], tile: int = CPU_TILE) -> int:
-    """Anonymous bytes of the largest job alone, beyond what the process needs to start."""
-    return max((job.resident + tile_bytes(job, checkpoints, tile) for job in plan.jobs), default=0)
+def costs_of(plan: Plan, checkpoints: Sequence[Checkpoint], memory: int) -> dict[str, Any]:
+    """What the plan costs on the CPU: bytes read, in all and by (role, method), and an estimate of peak anonymous memory.
+
+    A tensor that a method passes over several times is counted once: the second time it comes from the page cache.
+    """
+    by_role: dict[tuple[str, str], int] = {}
+    for job in plan.jobs:
+        nbytes = sum(checkpoints[i.model].tensors[i.tensor].nbytes for i in job.inputs)
+        by_role[job.role, job.method] = by_role.get((job.role, job.method), 0) + nbytes
+    resident = max((job.resident for job in plan.jobs), default=0)
+    tiles = max((tile_bytes(job, checkpoints, CPU_TILE) for job in plan.jobs), default=0)
+    lanes = _lane_count(plan.jobs, memory - anonymous_bytes(), tiles, resident, cores())
+    peak = anonymous_bytes() + lanes * (tiles + resident)
+    return {"read_bytes": sum(by_role.values()), "read_by_role": by_role, "peak_memory": peak}
 
 
 def _lanes(
     todo: Sequence[Job], checkpoints: Sequence[Checkpoint], device: torch.device, memory: int, tile: int
-) -> tuple[int, Budget]:
-    """How many jobs run at a time, and the bytes that their resident parts share."""
+) -> int:
+    """How many jobs run at a time."""
     available = memory - anonymous_bytes()
     tiles = max((tile_bytes(job, checkpoints, tile) for job in todo), default=0)
     largest = max(todo, key=lambda job: job.resident, default=None)
@@ -104,8 +116,12 @@ def _lanes(
             f"pass --memory {((resident + tiles + memory - available) >> 20) + 64}M or more, or `frames: none`",
         )
     most = 1 if device.type == "cuda" else cores()
-    lanes = max(1, min(most, len(todo), available // max(1, tiles + resident // 2)))
-    return lanes, Budget(max(resident, available - lanes * tiles))
+    return _lane_count(todo, available, tiles, resident, most)
+
+
+def _lane_count(todo: Sequence[Job], available: int, tiles: int, resident: int, most: int) -> int:
+    """As many lanes as fit with the largest job in each of them, at most one a core."""
+    return max(1, min(most, len(todo), available // max(1, tiles + resident)))
 
 
 def _order(todo: Sequence[Job], lanes: int) -> deque[Job]:
@@ -125,12 +141,10 @@ class _Crew:
         device: torch.device,
         lanes: int,
         tile: int,
-        budget: Budget,
     ) -> None:
         self._plan = plan
         self._checkpoints = checkpoints
         self._output = output
-        self._budget = budget
         self._halt = threading.Event()
         self._results: SimpleQueue[Job | BaseException] = SimpleQueue()
         self._lanes = [Lane(stage_for(device), tile, self._halt) for _ in range(lanes)]
@@ -168,8 +182,7 @@ class _Crew:
                             return
                         job = todo.popleft()
                         ahead.upcoming(todo)
-                    with self._budget.hold(job.resident):
-                        self._carry_out(job, lane, sink)
+                    self._carry_out(job, lane, sink)
                     self._results.put(job)
         except Cancelled:
             pass

@@ -76,9 +76,13 @@ class JobInputs:
     def record(self, **facts: Any) -> None:
         self.facts.append(facts)
 
-    def tiles(self, start: int = 0, stop: int | None = None) -> Iterator[Tile]:
+    def hold(self, *shape: int) -> Tensor:
+        return self._lane.work("held", shape, self.dtype)
+
+    def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
         stop = self._job.numel if stop is None else stop
-        inputs = self._job.inputs
+        base = (self._job.base,) if self._job.base is not None else ()
+        inputs = base if base_only else (*self._job.sources, *base)
         lane = self._lane
         waiting: deque[tuple[int, int, Future[list[Tensor]], int]] = deque()
         busy: dict[int, list[Wait]] = {}
@@ -116,7 +120,7 @@ class JobInputs:
         if self._lane.stop.is_set():
             raise Cancelled
         raw = future.result()
-        sources_KT = self._lane.work("sources", (self.K, end - begin), self.dtype)
+        sources_KT = self._lane.work("sources", (len(raw) - self.has_base, end - begin), self.dtype)
         base_T = self._lane.work("base", (end - begin,), self.dtype) if self.has_base else None
         targets = [*sources_KT.unbind(0), *([base_T] if base_T is not None else [])]
         busy[slot] = [self._lane.stage.upload(raw_T, out_T) for raw_T, out_T in zip(raw, targets)]

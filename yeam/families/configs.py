@@ -1,4 +1,4 @@
-"""Reading numbers out of a config.json of any dialect, without transformers; a missing or odd value is None, never an error."""
+"""Numbers out of a config.json of any dialect, without transformers; a missing or odd value is None, never an error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def at(config: Config, path: Path) -> Any:
 
 
 def scopes(config: Config, path: Path = (), depth: int = 3) -> Iterator[tuple[Path, Config]]:
-    """The config and every config nested in it (`text_config`, `vision_config`, `thinker_config.text_config`), outermost first."""
+    """The config and every config nested in it (`text_config`, `vision_config`, ...), outermost first."""
     yield path, config
     if depth:
         for key, value in config.items():
@@ -73,7 +73,7 @@ def dims(config: Config) -> Dims | None:
 
 
 def rotary_fraction(config: Config, default: float) -> float:
-    """The share of a head's dimensions that rotary embedding turns: `partial_rotary_factor`, `rotary_pct`, or the default."""
+    """The share of a head's dimensions that rotary embedding turns: as the config says, or the default."""
     rope = config.get("rope_parameters")
     for scope in (rope if isinstance(rope, Mapping) else {}, config):
         found = number(scope, "partial_rotary_factor", "rotary_pct")

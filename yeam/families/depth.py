@@ -1,4 +1,4 @@
-"""Config of a model whose layers were picked, repeated or reordered: counts, per-layer lists, index lists, period rules.
+"""The config of a model whose layers were picked, repeated or reordered: counts, per-layer lists, period rules.
 
 Every change is derived from the origin of each output layer, so that a layer keeps the kind of attention and MLP that
 it had. What cannot be kept true in config.json is said in the notes, never passed over.
@@ -7,6 +7,7 @@ it had. What cannot be kept true in config.json is said in the notes, never pass
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,13 @@ from yeam.families.stacks import Stack
 # lists with one entry per layer, and lists of layer indices
 PER_LAYER = (
     "layer_types", "mlp_layer_types", "layers_block_type", "block_types", "attention_layers", "layer_rope_theta",
-    "no_rope_layers", "no_rope_layer", "hybrid_override_pattern", "activation_sparsity_pattern", "sliding_window_layers",
-    "intermediate_size", "num_key_value_heads", "num_attention_heads", "num_kv_heads", "num_query_heads", "ffn_multipliers",
-    "block_configs", "moe_layer_freq", "is_moe_layer", "attn_types", "rope_layers",
+    "no_rope_layers", "no_rope_layer", "hybrid_override_pattern", "activation_sparsity_pattern", "rope_layers",
+    "intermediate_size", "num_key_value_heads", "num_attention_heads", "num_kv_heads", "num_query_heads",
+    "ffn_multipliers", "block_configs", "moe_layer_freq", "is_moe_layer", "attn_types", "sliding_window_layers",
 )  # fmt: skip
 LAYER_INDICES = (
-    "mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices", "global_attn_layers",
-    "fullatt_block_indexes", "window_block_indices", "global_attn_indexes",
+    "mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices",
+    "global_attn_layers", "fullatt_block_indexes", "window_block_indices", "global_attn_indexes",
 )  # fmt: skip
 # keys from which a model derives what layer i is: true of a reordered model only by accident
 PERIODS = (
@@ -53,20 +54,27 @@ def config_updates(
 ) -> ConfigUpdate:
     """The config for a model whose stack s holds, in output order, the layers `layers[s]` of the input.
 
-    `layers` maps stack prefixes of `anatomy` to source indices; stacks left out stay as they are. `origins` gives, where
-    layers come from models with configs of their own, that config for each output layer. `config` is not changed.
+    `layers` maps stack prefixes of `anatomy` to source indices; stacks left out stay as they are. `origins` gives,
+    where layers come from models with configs of their own, that config for each output layer. `config` is not changed.
     Raises ConfigError for an unknown stack, an empty one, or an index that the origin does not have.
     """
     new = copy.deepcopy(dict(config))
     notes: list[str] = []
+    for stack in anatomy.stacks.values() if layers else ():
+        # a count left to a default (T5's num_decoder_layers follows num_layers) must not follow another stack's change
+        if config and stack.config_paths and at(config, stack.config_paths[0]) is None:
+            _set(new, stack.config_paths[0], stack.count)
     for prefix, indices in layers.items():
-        stack = anatomy.stacks.get(prefix)
-        if stack is None:
-            raise ConfigError(f"the model has no layer stack {prefix!r}", f"use one of {', '.join(anatomy.stacks) or 'none'}")
+        if prefix not in anatomy.stacks:
+            raise ConfigError(
+                f"the model has no layer stack {prefix!r}", f"use one of {', '.join(anatomy.stacks) or 'none'}"
+            )
         if not indices:
             raise ConfigError(f"no layer is left in {prefix!r}", "keep at least one layer")
         own = origins.get(prefix) if origins else None
-        _renumber(new, config, stack, list(indices), own or [config] * len(indices), notes)
+        _renumber(new, config, anatomy.stacks[prefix], list(indices), own or [config] * len(indices), notes)
+        if not own:
+            _misplaced(new, anatomy, prefix, list(indices), notes)
     return ConfigUpdate(new, tuple(notes))
 
 
@@ -74,7 +82,9 @@ def _renumber(
     new: dict[str, Any], old: Config, stack: Stack, indices: list[int], origins: Sequence[Config], notes: list[str]
 ) -> None:
     if not stack.config_paths:
-        notes.append(f"{stack.prefix}: config.json has no key for its number of layers; it must be set to {len(indices)} by hand")
+        notes.append(
+            f"{stack.prefix}: config.json has no key for its number of layers; it must be set to {len(indices)} by hand"
+        )
         return
     for path in stack.config_paths:
         _set(new, path, len(indices))
@@ -83,7 +93,9 @@ def _renumber(
     counts = [integer(scope, tuple(p[-1] for p in stack.config_paths)) or stack.count for scope in scopes]
     for index, count in zip(indices, counts):
         if not 0 <= index < count:
-            raise ConfigError(f"{stack.prefix}: no layer {index} in a model of {count} layers", "correct the layer_range")
+            raise ConfigError(
+                f"{stack.prefix}: no layer {index} in a model of {count} layers", "correct the layer_range"
+            )
     base, target = at(old, where), at(new, where)
     if indices == list(range(stack.count)) and all(scope == base for scope in scopes):
         return
@@ -95,11 +107,47 @@ def _renumber(
     _attention_kinds(target, picked)
     _sparse_layers(target, picked, notes)
     _overrides(target, picked)
+    if target.get("hidden_size_per_layer_input"):
+        notes.append(
+            f"{stack.prefix}: embeddings per layer are as wide as the old number of layers; they do not fit the new"
+        )
     for key in PERIODS:
         value, instead = target.get(key), _SUPERSEDED.get(key)
-        if value in (None, False, 0, 1) or isinstance(value, list) or (instead and isinstance(target.get(instead), list)):
+        if (
+            value in (None, False, 0, 1)
+            or isinstance(value, list)
+            or (instead and isinstance(target.get(instead), list))
+        ):
             continue
-        notes.append(f"{stack.prefix}: {key}={value} is counted from the new layer numbers, which may change what a layer is")
+        notes.append(
+            f"{stack.prefix}: {key}={value} is counted from the new layer numbers, which may change what a layer is"
+        )
+
+
+def _misplaced(new: Config, anatomy: Anatomy, prefix: str, indices: list[int], notes: list[str]) -> None:
+    """Say where a layer now holds other tensors than its number had, unless the config names the layers that do.
+
+    Some models build a layer by its number alone: ModernBERT has no attention norm in layer 0, RWKV one more norm.
+    """
+    stack = anatomy.stacks[prefix]
+    scope = at(new, stack.config_paths[0][:-1]) if stack.config_paths else new
+    if any(isinstance(scope.get(key), list) and scope[key] for key in (*PER_LAYER, *LAYER_INDICES)):
+        return
+    if any(scope.get(key) for key in (*PERIODS, "first_k_dense_replace")):
+        return  # said there
+    contents: dict[int, set[str]] = {i: set() for i in range(stack.count)}
+    for name, meaning in anatomy.tensors.items():
+        if meaning.stack == prefix and meaning.layer is not None and meaning.expert is None:
+            contents[meaning.layer].add(name.split(f"{prefix}.{meaning.layer}.", 1)[1])
+    usual = Counter(frozenset(names) for names in contents.values()).most_common(1)[0][0]
+    for number, index in enumerate(indices):
+        differing = contents[index] ^ contents.get(number, set(usual))
+        if differing:
+            notes.append(
+                f"{prefix}: layer {number} is made of layer {index}, and they differ in {min(differing)}; "
+                "a model class that builds layers by number will not take it"
+            )
+            return
 
 
 Picked = list[tuple[Config, int, int]]
@@ -126,7 +174,9 @@ def _is_per_layer(scope: Config, key: str, count: int) -> bool:
         return key == "hybrid_override_pattern" and len(value) == count
     if not isinstance(value, list) or len(value) != count or key in LAYER_INDICES:
         return False
-    return key in PER_LAYER or (key.endswith(("_layer_types", "_per_layer", "_by_layer")) and not key.startswith("mtp_"))
+    return key in PER_LAYER or (
+        key.endswith(("_layer_types", "_per_layer", "_by_layer")) and not key.startswith("mtp_")
+    )
 
 
 def _index_lists(target: dict[str, Any], picked: Picked) -> None:
@@ -174,11 +224,14 @@ _KIND_RULES: dict[str, Callable[[Config, int], str]] = {
 
 
 def _sparse_layers(target: dict[str, Any], picked: Picked, notes: list[str]) -> None:
-    """Which layers have experts: Qwen's step with exceptions is rewritten exactly, DeepSeek's first k where it can be."""
+    """Which layers have experts: Qwen's step is rewritten exactly, DeepSeek's `first k dense` where it can be."""
     if "decoder_sparse_step" in target:
 
         def dense(scope: Config, i: int) -> bool:
-            return i in (scope.get("mlp_only_layers") or []) or (i + 1) % (integer(scope, ("decoder_sparse_step",)) or 1) != 0
+            return (
+                i in (scope.get("mlp_only_layers") or [])
+                or (i + 1) % (integer(scope, ("decoder_sparse_step",)) or 1) != 0
+            )
 
         wanted = [new for new, (scope, index, _) in enumerate(picked) if dense(scope, index)]
         if wanted != [i for i in range(len(picked)) if dense(target, i)]:
@@ -187,7 +240,9 @@ def _sparse_layers(target: dict[str, Any], picked: Picked, notes: list[str]) -> 
         flags = [index < (number(scope, "first_k_dense_replace") or 0) for scope, index, _ in picked]
         target["first_k_dense_replace"] = sum(flags)
         if flags != sorted(flags, reverse=True):
-            notes.append("first_k_dense_replace: the dense layers are not the first ones any more, which this config cannot say")
+            notes.append(
+                "first_k_dense_replace: the dense layers are not the first ones any more, which this config cannot say"
+            )
 
 
 def _overrides(target: dict[str, Any], picked: Picked) -> None:

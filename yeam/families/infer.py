@@ -14,36 +14,62 @@ Shape = tuple[int, ...]
 _WEIGHT_WORDS = frozenset({"weight", "gamma", "kernel"})
 _BIAS_WORDS = frozenset({"bias", "beta"})
 
-_ATTENTION = re.compile(r"att(n|ention)|^mha$")
-_CROSS = re.compile(r"cross|enc_?dec|^encoder_att")
-_MLP = re.compile(r"mlp|ffn|feed_?forward|^ffw?$|^ff_|dense_?relu|moe|expert|^fc$")
-_STATE_SPACE = re.compile(r"mamba|^ssm|linear_att|rwkv|time_mix|delta_?net|retention|short_?conv|^gla$|hyena")
-_STATE_SPACE_PARAMS = frozenset({"a_log", "dt_bias", "dt_proj", "x_proj", "time_decay", "time_mix_key", "time_maa_x", "slope_rate", "key_decay"})
-_BUFFER = re.compile(r"inv_freq|position_ids|token_type_ids|masked_bias|causal_mask|num_batches_tracked|running_(mean|var)|"
-                     r"(cos|sin)_cached|^rotary_(emb|pos_emb)$|^alibi|num_tokens_tracked")  # fmt: skip
-_QUANTISED = re.compile(r"weight_scale|input_scale|scale_inv|^scales$|^qzeros$|^absmax$")
-_SCALE = re.compile(r"^scales?$|_scales?$|layer_?scale|^ls_?\d$|^lambda_?\d$")
-_NORM = re.compile(r"norm|^ln|_ln$|_ln_|^rms|ln_")
-_POSITION = re.compile(r"^wpe$|pos(ition)?(al)?_?emb|embed_positions|pos_embed|rel(ative)?_(pos|attention_bias)|position_table")
-_TOKEN = re.compile(r"(cls|class|mask|register|query|latent|prompt|pad)_?(token|embedding|embed|queries)s?$|^probe$|"
-                    r"^query_tokens|image_newline|^latents$")  # fmt: skip
-_EMBEDDING = re.compile(r"^(word|tok(en)?|input|text|vocab|src|tgt)?_?(embed|embedding|embeddings|embd|emb)s?(_tokens?|_in)?$|"
-                        r"^w[tk]e$|^shared$|^tokens_embed$|^embed_(tokens|in|token)$")  # fmt: skip
-_HEAD = re.compile(r"^(lm_head|embed_out|proj_out|unembed(ding)?|output_projection|output|lm_heads?|score|classifier|"
-                   r"classification_head|qa_outputs|cls|head|heads|final_logits|vocab_proj(ector)?|predictions|generator|"
-                   r"generator_(predictions|lm_head)|lm_loss)$")  # fmt: skip
-_PROJECTOR = re.compile(r"projector|connector|aligner|^merger$|modality_proj|visual_projection|text_projection|"
-                        r"^embed_(vision|audio|image)$|embedding_projection|^mm_")  # fmt: skip
-_VOCABULARY_HEAD = re.compile(r"lm_head|lm_loss|embed_out|proj_out|output|unembed|logits|vocab|predictions|generator")
+
+def _any(*patterns: str) -> re.Pattern[str]:
+    return re.compile("|".join(patterns))
+
+
+# searched for in single words of a path
+_ATTENTION = _any("att(n|ention)", "^mha$")
+_CROSS = _any("cross", "enc_?dec", "^encoder_att")
+_MLP = _any("mlp", "ffn", "feed_?forward", "^ffw?$", "^ff_", "dense_?relu", "moe", "expert", "^fc$")
+_STATE_SPACE = _any("mamba", "^ssm", "linear_att", "delta_?net", "retention", "short_?conv", "^gla$", "hyena")
+_STATE_SPACE_PARAMS = frozenset(
+    {"a_log", "dt_bias", "dt_proj", "x_proj", "time_decay", "time_mix_key", "time_maa_x", "slope_rate", "key_decay"}
+)
+_BUFFER = _any(
+    "inv_freq", "position_ids", "token_type_ids", "masked_bias", "causal_mask", "num_batches_tracked",
+    "running_(mean|var)", "(cos|sin)_cached", "^rotary_(emb|pos_emb)$", "^alibi",
+)  # fmt: skip
+_QUANTISED = _any("weight_scale", "input_scale", "scale_inv", "^scales$", "^qzeros$", "^absmax$")
+_SCALE = _any("^scales?$", "_scales?$", "layer_?scale", r"^ls_?\d$", r"^lambda_?\d$")
+_NORM = _any("norm", "^ln", "_ln$", "_ln_", "^rms", "ln_")
+_POSITION = _any(
+    "^wpe$", "pos(ition)?(al)?_?emb", "embed_positions", "pos_embed", "rel(ative)?_(pos|attention_bias)",
+    "position_table",
+)  # fmt: skip
+_TOKEN = _any(
+    "(cls|class|mask|register|query|latent|prompt|pad)_?(token|embedding|embed|queries)s?$", "^probe$", "^query_tokens",
+    "image_newline", "^latents$",
+)  # fmt: skip
+_EMBEDDING = _any(
+    "^(word|tok(en)?|input|text|vocab|src|tgt)?_?(embed|embedding|embd|emb)s?(_tokens?|_in)?$", "^w[tk]e$", "^shared$",
+    "^tokens_embed$", "^embed_tokens_per_layer$",
+)  # fmt: skip
+_HEAD = _any(
+    "^(lm_heads?|embed_out|proj_out|unembed(ding)?|output_projection|output|score|classifier|classification_head)$",
+    "^(qa_outputs|cls|heads?|final_logits|vocab_proj(ector)?|predictions|generator|generator_predictions)$",
+    "^(generator_lm_head|lm_loss)$",
+)
+_VOCABULARY_HEAD = _any(
+    "lm_head", "lm_loss", "embed_out", "proj_out", "output", "unembed", "logits", "vocab", "predictions", "generator"
+)
+_PROJECTOR = _any(
+    "(?<!vocab_)projector", "connector", "aligner", "^merger$", "modality_proj", "(visual|text)_projection",
+    "^embed_(vision|audio|image)$", "embedding_projection", "^mm_",
+)  # fmt: skip
 _GATED = frozenset({"up", "up_proj", "fc1", "w1"})
-_HASHED = re.compile(r"hash|n_?gram")
+_EARLY = _any("^feature_", "patch", "conv", "stem")
+_HASHED = _any("hash", "n_?gram")
 
 # last word of the module -> site, wherever it stands
 _ANYWHERE = {
     **dict.fromkeys(("q_proj", "wq", "query", "q_lin", "to_q", "query_proj", "linear_q", "q_attn"), "q"),
     **dict.fromkeys(("k_proj", "wk", "key", "k_lin", "to_k", "key_proj", "linear_k"), "k"),
     **dict.fromkeys(("v_proj", "wv", "value", "v_lin", "to_v", "value_proj", "linear_v"), "v"),
-    **dict.fromkeys(("qkv", "qkv_proj", "query_key_value", "wqkv", "w_pack", "to_qkv", "linear_qkv", "att_proj"), "qkv"),
+    **dict.fromkeys(
+        ("qkv", "qkv_proj", "query_key_value", "wqkv", "w_pack", "to_qkv", "linear_qkv", "att_proj"), "qkv"
+    ),
     **dict.fromkeys(("kv_proj", "c_kv", "to_kv", "wkv", "key_value", "linear_kv"), "kv"),
     **dict.fromkeys(("q_a_proj", "wq_a", "q_down_proj"), "q_a"),
     **dict.fromkeys(("q_b_proj", "wq_b", "q_up_proj"), "q_b"),
@@ -51,7 +77,9 @@ _ANYWHERE = {
     **dict.fromkeys(("kv_b_proj", "wkv_b", "kv_up_proj"), "kv_b"),
     **dict.fromkeys(("o_proj", "attn_out", "to_out", "out_lin"), "o"),
     **dict.fromkeys(("gate_proj", "wi_0", "w_gate", "linear_gate"), "gate"),
-    **dict.fromkeys(("up_proj", "wi", "wi_1", "w3", "fc1", "c_fc", "fc_in", "lin1", "linear1", "dense_h_to_4h", "linear_v1"), "up"),
+    **dict.fromkeys(
+        ("up_proj", "wi", "wi_1", "w3", "fc1", "c_fc", "fc_in", "lin1", "linear1", "dense_h_to_4h", "linear_v1"), "up"
+    ),
     **dict.fromkeys(("down_proj", "w2", "fc2", "fc_out", "lin2", "linear2", "dense_4h_to_h", "ff_out"), "down"),
     **dict.fromkeys(("gate_up_proj", "w12", "w13", "up_gate_proj", "gate_and_up_proj", "gate_up"), "gate_up"),
     **dict.fromkeys(("router", "wg", "e_score_correction"), "router"),
@@ -63,14 +91,15 @@ _IN_ATTENTION = {
     "projection_layer": "o",
 }  # fmt: skip
 _IN_MLP = {
-    **dict.fromkeys(("linear_1", "dense_in", "in_proj", "intermediate"), "up"),
-    **dict.fromkeys(("wo", "c_proj", "output", "linear_2", "dense_out", "out_proj", "proj", "output_linear"), "down"),
+    **dict.fromkeys(("linear_1", "dense_in", "in_proj", "intermediate", "intermediate_dense"), "up"),
+    **dict.fromkeys(("wo", "c_proj", "output", "linear_2", "dense_out", "out_proj", "proj"), "down"),
+    **dict.fromkeys(("output_linear", "output_dense"), "down"),
     "input_linear": "gate_up",
 }  # fmt: skip
 
 
 def state_space_blocks(paths: Collection[str]) -> frozenset[str]:
-    """The modules that hold a parameter only state-space or linear-attention layers have; all inside of them is `other`."""
+    """The modules with a parameter that only state-space or linear attention has; all inside of them is `other`."""
     found = set()
     for path in paths:
         parts = path.split(".")
@@ -94,18 +123,21 @@ def site_of(path: str, shape: Shape, beside: Collection[str] = (), in_layer: boo
     leaf, context = words[-1], words[:-1]
     if any(_BUFFER.search(word) for word in words) or (is_bias and len(shape) == 4 and _ATTENTION.search(leaf)):
         return "buffer", False
-    if any(_STATE_SPACE.search(word) for word in words) or any(_HASHED.search(word) for word in words):
+    inner = words if in_layer else words[1:]  # the first word may be the name of the whole model
+    if any(_STATE_SPACE.search(word) for word in inner) or any(_HASHED.search(word) for word in words):
         return "other", False
     if _QUANTISED.search(parts[-1]) or (shape and (_SCALE.search(parts[-1]) or _SCALE.search(leaf))):
         return "scale", False
     if shape == ():
         return "other", False
     site = _site(leaf, context, shape, frozenset(beside), in_layer)
+    if site == "final_norm" and (len(words) < len(module) or any(_EARLY.search(word) for word in context)):
+        site = "norm"  # inside something numbered, or of a stem
     return site, is_bias and site != "other"
 
 
 def _parameter(parts: list[str]) -> tuple[bool, list[str]]:
-    """(is a bias, module words): drops `weight` or `bias`, also as the suffix of a bare parameter (`in_proj_weight`)."""
+    """(is a bias, module words): drops `weight` or `bias`, also as the end of a bare parameter (`in_proj_weight`)."""
     last = parts[-1]
     if last in _WEIGHT_WORDS or last in _BIAS_WORDS:
         return last in _BIAS_WORDS, parts[:-1]

@@ -51,7 +51,7 @@ def _blocks(layout: str, length: int, config: Config) -> tuple[tuple[tuple[str, 
 
 
 def _falcon(width: Dims, config: Config) -> tuple[tuple[tuple[str, int], ...], int]:
-    """40B/180B: per key/value head its query heads, k, v; 7B: all query heads, one k, one v; RW-1B: q, k, v per head."""
+    """40B: per key/value head its query heads, k, v; 7B: all query heads, one k, one v; RW-1B: q, k, v per head."""
     head = Dims(width.hidden, width.heads, width.kv_heads, width.hidden // width.heads)
     if config.get("new_decoder_architecture") is True:
         return _qkv(head, width.kv_heads, width.heads, width.kv_heads), width.kv_heads

@@ -2,7 +2,8 @@
 
 A *site* is a place in an idealised transformer (`q`, `mlp_norm`, `expert.gate`, `cross.o`); names of checkpoints map to
 sites, and everything else follows from the site. A prefix says which copy of a block is meant: `cross.` for the
-attention over an encoder's output, `expert.` for the routed experts, `shared_expert.` for those that every token visits.
+attention over an encoder's output, `expert.` for the routed experts, `shared_expert.` for those that every token
+visits.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _ATTENTION_SITES = frozenset({"q_norm", "k_norm", "relative_position"})
 _MLP_ROLES = frozenset({"gate", "up", "down", "gate_up"})
 
 ROLES = (
-    "embedding", "position", "token", "conv", "q", "k", "v", "o", "qkv", "kv", "latent", "gate", "up", "gate_up", "down",
-    "router", "norm", "bias", "head", "projector", "scale", "buffer", "other",
+    "embedding", "position", "token", "conv", "q", "k", "v", "o", "qkv", "kv", "latent", "gate", "up", "gate_up",
+    "down", "router", "norm", "bias", "head", "projector", "scale", "buffer", "other",
 )  # fmt: skip
 """Every role. `token`: learned vectors that stand for tokens (CLS, probes); `conv`: convolution stems and patches;
 `kv`, `qkv`, `gate_up`: fused; `latent`: the low-rank factors of multi-head latent attention; `projector`: between a

@@ -16,8 +16,8 @@ _NOT_LAYERS = re.compile(r"expert|norms?$|heads?$|conv|adapter|embed|lora|proj|p
 class Stack:
     """A stack of layers `prefix.0.*` .. `prefix.{count-1}.*`.
 
-    `config_paths` are the places in config.json that hold the count, all of which must change together; the first is the
-    one that transformers reads. It may be absent from the config (T5's num_decoder_layers) and is then to be added.
+    `config_paths` are the places in config.json that hold the count, all of which must change together; the first is
+    the one that transformers reads. It may be absent from the config (T5's num_decoder_layers) and is then to be added.
     Empty: the config does not say.
     """
 
@@ -79,8 +79,9 @@ def _are_layers(prefix: str, elements: Mapping[int, set[str]]) -> bool:
 def count_paths(prefix: str, count: int, config: Config) -> tuple[Path, ...]:
     """Where a config states the layer count of a stack; () if nowhere.
 
-    The nested config that goes with the prefix is asked first (`vision_config` for `vision_tower.*`), then the outer one.
-    Where a config has keys for an encoder and a decoder, its general key is an alias of the encoder's in transformers.
+    The nested config that goes with the prefix is asked first (`vision_config` for `vision_tower.*`), then the outer
+    one. Where a config has keys for an encoder and a decoder, its general key is an alias of the encoder's in
+    transformers.
     """
     words = prefix.lower()
     side = "encoder" if "encoder" in words else "decoder" if "decoder" in words else ""

@@ -41,8 +41,10 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 
 
-def _add(name: str, parent: str | None = None, *types: str, layer: dict[str, str | None] | None = None, **own: Any) -> None:
-    """Enter a family. Mappings extend the parent's (None removes an entry), `layer` those of every stack of the parent."""
+def _add(
+    name: str, parent: str | None = None, *types: str, layer: Mapping[str, str | None] | None = None, **own: Any
+) -> None:
+    """Enter a family. Mappings extend the parent's (None removes an entry), `layer` those of its stacks."""
     if parent is None:
         FAMILIES[name] = Family(name, (name, *types), **own)
         return

@@ -10,36 +10,17 @@ head in the file is its own weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Container, Mapping, Sequence
 
+from yeam.families.anatomy import Anatomy
 from yeam.families.configs import Config, at
 from yeam.families.table import FAMILIES, Family
 
-if TYPE_CHECKING:
-    from yeam.families.anatomy import Anatomy
-
-_LM = re.compile(r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining|DoubleHeads|ForImageTextToText|Seq2SeqLM")
-# heads of architectures that are not in the table; the others say lm_head
-_HEAD_NAMES = {
-    "whisper": "proj_out.weight",
-    "electra": "generator_lm_head.weight",
-    "modernbert": "decoder.weight",
-    "xlnet": "lm_loss.weight",
-    "distilbert": "vocab_projector.weight",
-}
-Pairs = tuple[tuple[str, str], ...]
-
-
-def tied(config: Mapping[str, Any], names_to_shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str]]:
-    """The (duplicate, kept) pairs of a checkpoint; see the top of this file.
-
-    >>> tied({"model_type": "llama", "tie_word_embeddings": True}, {"model.embed_tokens.weight": (32, 8)})
-    [('lm_head.weight', 'model.embed_tokens.weight')]
-    """
-    from yeam.families.anatomy import describe
-
-    return list(describe(config, names_to_shapes).ties)
+_LM = re.compile(
+    r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining|DoubleHeads|ForImageTextToText|Seq2SeqLM"
+)
+Pair = tuple[str, str]
+Pairs = tuple[Pair, ...]
 
 
 def declared_tie(config: Config, text_path: tuple[str, ...] = ()) -> bool | None:
@@ -54,30 +35,59 @@ def declared_tie(config: Config, text_path: tuple[str, ...] = ()) -> bool | None
 def resolve_ties(config: Config, names: Container[str], anatomy: Anatomy) -> tuple[Pairs, bool | None, str | None]:
     """(pairs, is the head tied, a note or None) for an anatomy whose own ties are not set yet."""
     family = FAMILIES.get(anatomy.family)
-    pairs = _family_pairs(family, config, anatomy) if family else _inferred_pairs(config, anatomy)
-    heads = [pair for pair in pairs if _is_head(pair[0])]
-    if not heads:
-        return _kept_in_file(pairs, names), None, None
-    present = heads[0][0] in names
+    heads, others = _family_pairs(family, config, anatomy) if family else _inferred_pairs(config, anatomy)
     declared = declared_tie(config, anatomy.text_path)
+    if declared is False and not (family and family.name == "t5"):
+        others = [pair for pair in others if pair[0] not in names]
+    if not heads:
+        return _kept_in_file(others, names), None, None
+    head, embedding = heads[0]
+    present = head in names
     note = None
     if family is not None and family.name == "t5":
         is_tied: bool | None = not (declared is False and present)
     elif declared is not None:
         is_tied = declared
-        if not declared and not present and heads[0][1] in names:
-            note = f"config.json says that {heads[0][0]} is a weight of its own (tie_word_embeddings false), but it is not there"
+        if not declared and not present and embedding in names:
+            note = f"config.json has tie_word_embeddings false, but there is no {head} in the file"
     elif not present:
         is_tied = True
     else:
         is_tied = anatomy.traits.tie if anatomy.traits else None
-    if not is_tied:
-        pairs = [pair for pair in pairs if pair not in heads and not pair[0].endswith("decoder.bias")]
-    return _kept_in_file(pairs, names), is_tied, note
+    return _kept_in_file([*heads, *others] if is_tied else others, names), is_tied, note
 
 
-def _is_head(name: str) -> bool:
-    return bool(re.search(r"(lm_head|embed_out|proj_out|predictions|lm_loss|vocab_projector)(\.decoder)?\.weight$|^(output|decoder)\.weight$", name))
+def _family_pairs(family: Family, config: Config, anatomy: Anatomy) -> tuple[list[Pair], list[Pair]]:
+    """Pairs of the head (its weight first), and those between embeddings, by the table."""
+    heads, others = [], []
+    has_head = _has_head(config, anatomy)
+    in_head = tuple(path.split(".")[0] + "." for path in family.head)
+    embedding = next((path for path, site in family.pre.items() if site == "embedding"), "") + ".weight"
+    for duplicate, kept in family.ties:
+        if duplicate == "head" or duplicate.startswith(in_head):
+            name = _head_name(family, anatomy) if duplicate == "head" else anatomy.head_prefix + duplicate
+            source = embedding if kept == "embedding" else kept
+            if has_head:
+                heads.append((name, (anatomy.head_prefix if kept.startswith(in_head) else anatomy.base) + source))
+        elif any(prefix.startswith(f"{anatomy.base}{duplicate.split('.')[0]}.") for prefix in anatomy.stacks):
+            others.append((anatomy.base + duplicate, anatomy.base + kept))  # an encoder alone lacks the decoder's
+    return heads, others
+
+
+def _inferred_pairs(config: Config, anatomy: Anatomy) -> tuple[list[Pair], list[Pair]]:
+    """The same for an unknown model: head and copies against its shared, its decoder's, or its first embedding."""
+    tokens = [
+        name
+        for name, meaning in anatomy.tensors.items()
+        if meaning.site == "embedding" and meaning.role == "embedding" and meaning.vocab_axis is not None
+    ]
+    if not tokens:
+        return [], []
+    shared = next((name for name in tokens if name.endswith("shared.weight")), None)
+    of_decoder = next((name for name in tokens if anatomy.tensors[name].module == "decoder"), tokens[0])
+    kept = shared or of_decoder
+    copies = [(name, kept) for name in tokens if shared and name != kept and name.endswith("embed_tokens.weight")]
+    return ([(_inferred_head(config, anatomy), kept)] if _has_head(config, anatomy) else []), copies
 
 
 def _has_head(config: Config, anatomy: Anatomy) -> bool:
@@ -91,28 +101,6 @@ def _has_head(config: Config, anatomy: Anatomy) -> bool:
     return family is not None and bool(anatomy.base) and family.name not in ("bert", "roberta")
 
 
-def _family_pairs(family: Family, config: Config, anatomy: Anatomy) -> list[tuple[str, str]]:
-    has_head = _has_head(config, anatomy)
-    embedding = next((path for path, site in family.pre.items() if site == "embedding"), "")
-    found = []
-    for duplicate, kept in family.ties:
-        if duplicate == "head":
-            duplicate = _head_name(family, anatomy)
-        elif duplicate.split(".")[0] in {path.split(".")[0] for path in family.head}:
-            duplicate = anatomy.head_prefix + duplicate
-        else:
-            side = duplicate.split(".")[0]
-            if not any(prefix.startswith(f"{anatomy.base}{side}.") for prefix in anatomy.stacks):
-                continue  # an encoder alone has no decoder's embedding
-            found.append((anatomy.base + duplicate, anatomy.base + kept))
-            continue
-        if has_head:
-            outer = {"embedding": f"{anatomy.base}{embedding}.weight"}
-            inner = anatomy.base if kept in ("shared.weight",) else anatomy.head_prefix
-            found.append((duplicate, outer.get(kept, inner + kept)))
-    return found
-
-
 def _head_name(family: Family, anatomy: Anatomy) -> str:
     for name, meaning in anatomy.tensors.items():
         if meaning.site == "head" and meaning.role == "head":
@@ -120,26 +108,26 @@ def _head_name(family: Family, anatomy: Anatomy) -> str:
     return anatomy.head_prefix + next(path for path, site in family.head.items() if site == "head") + ".weight"
 
 
-def _inferred_pairs(config: Config, anatomy: Anatomy) -> list[tuple[str, str]]:
-    """Head and duplicate embeddings of an unknown model, against its shared or first token embedding."""
-    token = {n: m for n, m in anatomy.tensors.items() if m.site == "embedding" and m.role == "embedding"}
-    token = {n: m for n, m in token.items() if m.module not in ("vision_tower", "audio_tower")}
-    if not token or not _has_head(config, anatomy):
-        return []
-    shared = next((n for n in token if n.endswith("shared.weight")), None)
-    kept = shared or next((n for n, m in token.items() if m.module == "decoder"), next(iter(token)))
-    heads = [n for n, m in anatomy.tensors.items() if m.site == "head" and m.role == "head" and m.vocab_axis is not None]
-    head = heads[0] if heads else _HEAD_NAMES.get(str(config.get("model_type")), "lm_head.weight")
-    copies = [n for n in token if shared and n != kept and n.rpartition(".")[0].endswith("embed_tokens")]
-    return [(head, kept), *((copy, kept) for copy in copies)]
+def _inferred_head(config: Config, anatomy: Anatomy) -> str:
+    """The head's name in the file, or the one it would have: beside its bias, else the usual one."""
+    found = {n: m for n, m in anatomy.tensors.items() if m.site == "head" and m.vocab_axis is not None}
+    for name, meaning in found.items():
+        if meaning.role == "head":
+            return name
+    for name in found:
+        if name.endswith(".bias"):
+            stem = name.removesuffix(".bias")
+            nested = stem.endswith("predictions") or f"{stem}.dense.weight" in anatomy.tensors
+            return f"{stem}.decoder.weight" if nested else f"{stem}.weight"
+    return "proj_out.weight" if config.get("model_type") == "whisper" else "lm_head.weight"
 
 
-def _kept_in_file(pairs: list[tuple[str, str]], names: Container[str]) -> Pairs:
+def _kept_in_file(pairs: Sequence[Pair], names: Container[str]) -> Pairs:
     """Swap so that `kept` is a name that the file has, if it has any of the group."""
     groups: dict[str, list[str]] = {}
     for duplicate, kept in pairs:
         groups.setdefault(kept, []).append(duplicate)
-    found: list[tuple[str, str]] = []
+    found: list[Pair] = []
     for kept, duplicates in groups.items():
         there = kept if kept in names else next((d for d in duplicates if d in names), kept)
         found += [(name, there) for name in (*duplicates, kept) if name != there]

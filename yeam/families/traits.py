@@ -1,4 +1,4 @@
-"""How a family computes, beyond what its tensors are: norms, residual order, rotary style, scalars. Read by later stages.
+"""How a family computes, beyond what its tensors are: norms, residual order, rotary style, scalars.
 
 Each flag was read from the modeling code of transformers and is checked against it in the tests by running an
 interpreter that knows nothing but these flags.
@@ -25,17 +25,18 @@ Position = Literal["rope", "learned", "alibi", "relative"]
 class Traits:
     """Flags of a family, resolved for one config.
 
-    * `norm`: `rms` multiplies by w, `rms1p` by 1 + w, `ln` subtracts the mean (and adds a bias where there is one); also
-      the kind of the q/k norms.
-    * `placement`: `pre` x + f(norm(x)); `sandwich` x + norm(f(norm(x))); `post` x + norm(f(x)); `post_add` norm(x + f(x)).
+    * `norm`: `rms` multiplies by w, `rms1p` by 1 + w, `ln` subtracts the mean (and adds a bias where there is one);
+      also the kind of the q/k norms.
+    * `placement`: `pre` x + f(norm(x)); `sandwich` x + norm(f(norm(x))); `post` x + norm(f(x)); `post_add`
+      norm(x + f(x)).
     * `parallel`: attention and MLP read the same residual. The MLP reads `mlp_norm` if there is one, else `attn_norm`.
-    * `qk_norm`: `head` one gain of head_dim shared by the heads; `each` a gain per head, statistics per head; `all` one norm
-      over the concatenated heads.
+    * `qk_norm`: `head` one gain of head_dim shared by the heads; `each` a gain per head, statistics per head; `all`
+      one norm over the concatenated heads.
     * `rope`: which dimensions form a plane: i and i + n/2 (`half`) or 2i and 2i + 1 (`interleaved`), over the first
       n = int(`rotary` * head_dim) dimensions of a head.
     * `glu`: down(act(gate(x)) * up(x)), else down(act(up(x))).
-    * `scalars`: factors outside the weights, by place: `embedding`, `residual` (on each branch), `attention` (the softmax
-      scale; absent: head_dim^-1/2), `logits`; `attention_softcap` and `logits_softcap` c mean c tanh(x / c).
+    * `scalars`: factors outside the weights, by place: `embedding`, `residual` (on each branch), `attention` (the
+      softmax scale; absent: head_dim^-1/2), `logits`; `attention_softcap` and `logits_softcap` c mean c tanh(x / c).
     * `tie`: whether head and embedding are one tensor when config.json does not say.
     """
 
@@ -69,8 +70,9 @@ def key(*names: str, default: float | None = None, inverse: bool = False) -> Cal
 
     def read(config: Config) -> float | None:
         value = number(config, *names)
-        value = default if value is None else value
-        return 1 / value if inverse and value else value
+        if value is None:
+            value = default
+        return 1.0 / value if inverse and value else value
 
     return read
 
@@ -83,7 +85,7 @@ def root_hidden(config: Config) -> float | None:
 
 def query_scale(config: Config) -> float | None:
     """Gemma 2 and 3: the softmax scale is query_pre_attn_scalar^-1/2."""
-    return (number(config, "query_pre_attn_scalar") or 256.0) ** -0.5
+    return 1 / math.sqrt(number(config, "query_pre_attn_scalar") or 256.0)
 
 
 def gpt2_attention(config: Config) -> float | None:
@@ -127,4 +129,7 @@ def t5(config: Config) -> dict[str, Any]:
     scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings")) is not False
     width = integer(config, ("d_model",))
     logits = {"logits": width**-0.5} if scaled and width else {}
-    return {"glu": str(config.get("feed_forward_proj", "relu")).startswith("gated"), "scalars": {"attention": 1.0, **logits}}
+    return {
+        "glu": str(config.get("feed_forward_proj", "relu")).startswith("gated"),
+        "scalars": {"attention": 1.0, **logits},
+    }

@@ -1,10 +1,10 @@
 """Fused tensors as invertible views: how one stored tensor falls into the parts that a model computes with.
 
 One small description covers every layout in use. `blocks` names the parts in the order in which they lie along the
-fused axis, with the length of each; with `groups > 1` that sequence repeats (GPT-NeoX: one `q k v` per head; Falcon 40B:
-`r` query heads, a key head and a value head per key/value head) and a part is the concatenation of its pieces.
-`transposed` marks weights stored as [in, out]; `experts` a leading axis of that many experts. Parts are always given the
-way nn.Linear keeps a weight, [out, in], or [out] for a bias.
+fused axis, with the length of each; with `groups > 1` that sequence repeats (GPT-NeoX: one `q k v` per head; Falcon
+40B: `r` query heads, a key head and a value head per key/value head) and a part is the concatenation of its pieces.
+`transposed` marks weights stored as [in, out]; `experts` a leading axis of that many experts. Parts are always given
+the way nn.Linear keeps a weight, [out, in], or [out] for a bias.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class View:
         return self.groups * sum(size for _, size in self.blocks)
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every part of a tensor of this shape; no tensor is needed. CheckpointError if it cannot be."""
+        """Name and shape of every part of a tensor of this shape, without a tensor. CheckpointError if it cannot be."""
         self._check(shape)
         core = shape[1:] if self.experts else shape
         rest = core[:1] if self.transposed and len(core) == 2 else core[1:]
@@ -76,7 +76,7 @@ class View:
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """The parts of a tensor [length, in], [in, length] if transposed, [experts, length, in], or without `in`.
 
-        Parts share memory with the tensor wherever the layout allows it. CheckpointError for a shape that does not fit.
+        Parts are (strided) views of the tensor where the layout allows. CheckpointError for a shape that does not fit.
         """
         self._check(tuple(tensor.shape))
         if self.experts:
@@ -84,13 +84,17 @@ class View:
         return self._split_one(tensor.t() if self.transposed and tensor.dim() == 2 else tensor)
 
     def join(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The stored tensor of these parts: contiguous, byte for byte what `split` was given. KeyError if one is missing."""
+        """The stored tensor of these parts: contiguous, byte for byte what `split` was given. KeyError if one lacks."""
         import torch
 
         if self.experts:
             return torch.stack([self._join_one(parts, f"{e}.") for e in range(self.experts)])
         whole = self._join_one(parts, "")
-        return (whole.t() if self.transposed and whole.dim() == 2 else whole).contiguous()
+        if self.transposed and whole.dim() == 2:
+            shape = (whole.shape[1], whole.shape[0])
+            # flattened once, so that an axis of length 1 gets the stride that views as bytes need
+            return whole.t().contiguous().flatten().view(shape)
+        return whole
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; `View.from_dict` reads it back."""
@@ -111,14 +115,18 @@ class View:
         return dict(self.blocks)[part.rpartition(".")[2] if self.experts else part]
 
     def _split_one(self, rows: Tensor) -> dict[str, Tensor]:
-        grouped = rows.unflatten(0, (self.groups, -1)) if self.groups > 1 else rows.unsqueeze(0)
-        pieces = grouped.split([size for _, size in self.blocks], dim=1)
-        return {name: piece.flatten(0, 1) for (name, _), piece in zip(self.blocks, pieces)}
+        grouped = rows.reshape(self.groups, -1, *rows.shape[1:]) if self.groups > 1 else rows.unsqueeze(0)
+        parts, start = {}, 0
+        for name, size in self.blocks:
+            parts[name] = grouped[:, start : start + size].flatten(0, 1)
+            start += size
+        return parts
 
     def _join_one(self, parts: Mapping[str, Tensor], prefix: str) -> Tensor:
         import torch
 
-        pieces = [parts[prefix + name].unflatten(0, (self.groups, size)) for name, size in self.blocks]
+        found = [(parts[prefix + name], size) for name, size in self.blocks]
+        pieces = [part.reshape(self.groups, size, *part.shape[1:]) for part, size in found]
         return torch.cat(pieces, dim=1).flatten(0, 1)
 
     def _check(self, shape: tuple[int, ...]) -> None:

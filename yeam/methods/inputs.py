@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @dataclass
 class Tile:
     """Elements [start, stop) of the flattened tensor: sources_KT [K, T] and base_T [T] (None without a base), in the working
-    dtype on the device. The memory is the engine's and is used again for the next tile: keep copies, not views."""
+    dtype on the device. A method may overwrite them, and the memory is used again for the next tile: keep copies, not views."""
 
     start: int
     stop: int
@@ -38,8 +38,17 @@ class Inputs(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def tiles(self, start: int = 0, stop: int | None = None) -> Iterator[Tile]:
-        """The tiles of elements [start, stop) in order; may be called again for another pass."""
+    def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
+        """The tiles of elements [start, stop) in order; may be called again for another pass.
+
+        With `base_only` the sources are not read, and sources_KT has no rows.
+        """
+
+    def hold(self, *shape: int) -> Tensor:
+        """Uninitialised memory of that shape in the working dtype on the device, for the method's own use until the tensor is done.
+
+        There is one such block: asking again gives the same memory. What is asked for here belongs in the method's `resident`.
+        """
 
     def record(self, **facts: Any) -> None:
         """Note JSON-serialisable facts about this tensor for the report (norms, agreement, gates)."""

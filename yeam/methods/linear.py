@@ -28,7 +28,7 @@ def linear(x_KT: Tensor, *, weight: PerSource[float], normalize: bool = True) ->
         raise ConfigError("linear: the weights sum to 0 and cannot be normalised", "set `normalize: false`")
     if x_KT.dtype in (torch.float32, torch.float64):
         total = sum(weight) if normalize else 1.0
-        result_T = x_KT[0] * (weight[0] / total)
+        result_T = x_KT[0].mul_(weight[0] / total)  # the tile is ours to change
         for k in range(1, len(weight)):
             result_T.add_(x_KT[k], alpha=weight[k] / total)
         return result_T

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PANEL_ROWS = 16_384
 LEAST_SIDE = 8
+HELD_BYTES = 128 << 20  # without frames, points of a tensor up to this size are kept and not computed again
 
 Frames = Literal[4, 16, 64, 256, "spectral", "none"]
 
@@ -43,8 +44,10 @@ def panels(shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
 
 def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
     frames = values["frames"]
-    if frames == "none" or K == 1 or not panels(shape):
+    if K == 1:
         return 0
+    if frames == "none" or not panels(shape):
+        return 4 * math.prod(shape) if 4 * math.prod(shape) <= HELD_BYTES else 0
     _, rows, columns = max(panels(shape), key=lambda panel: panel[1])
     if frames == "spectral":
         return 4 * (rows * columns + 4 * min(rows, columns) ** 2)
@@ -90,7 +93,7 @@ def _deltas(tile: Tile, weight: PerSource[float]) -> Tensor:
 
 
 def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength: float) -> Iterator[Tensor]:
-    """Rays and length without frames: the point is a function of the tile, so two passes over tiles are enough."""
+    """Rays and length without frames: the point is a function of the tile, so a pass for the sums and one for the output do."""
     import torch
 
     from yeam.geometry.length import Moments, agreement, point_bound, step_length
@@ -99,27 +102,29 @@ def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength:
     if inputs.K == 1:
         yield from _follow(inputs, weight[0] * strength)
         return
+    size = math.prod(inputs.shape)
+    held_T = inputs.hold(size) if 4 * size <= HELD_BYTES else None
     moments = Moments.of(inputs.K)
     along_K = torch.zeros(inputs.K, dtype=torch.float64)
     for tile in inputs.tiles():
         delta_KT = _deltas(tile, weight)
-        point_T = ray_point(delta_KT, softness)
+        point_T = ray_point(delta_KT, softness, out=None if held_T is None else held_T[tile.start : tile.stop])
         moments.add(delta_KT, tile.base_T, point_T)
         along_K += (delta_KT @ point_T).double().cpu()
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
+    unit = moments.mean_norm / moments.point_square**0.5 if moments.point_square > 0 else 0.0
     if len(inputs.shape) == 2 and min(inputs.shape) >= LEAST_SIDE:
-        unit = moments.mean_norm / moments.point_square**0.5 if moments.point_square > 0 else 0.0
         scale = step_length(moments, alpha=alpha, progress=_progress(along_K * unit, moments.gram_KK))
     else:
         scale = min(1.0, point_bound(moments))
-    factor = strength * scale * moments.mean_norm / moments.point_square**0.5 if moments.point_square > 0 else 0.0
-    _record(inputs, moments, factor * moments.point_square**0.5, scale)
-    for tile in inputs.tiles():
-        if factor == 0 and tile.base_T is not None:
-            yield tile.base_T
-            continue
-        point_T = ray_point(_deltas(tile, weight), softness).mul_(factor)
-        yield point_T if tile.base_T is None else point_T.add_(tile.base_T)
+    factor = strength * scale * unit
+    _record(inputs, moments, strength * scale * moments.mean_norm, scale)
+    for tile in inputs.tiles(base_only=inputs.has_base and held_T is not None):
+        if held_T is None:
+            point_T = ray_point(_deltas(tile, weight), softness)
+        else:
+            point_T = held_T[tile.start : tile.stop]
+        yield point_T * factor if tile.base_T is None else tile.base_T.add_(point_T, alpha=factor)
 
 
 def _follow(inputs: Inputs, factor: float) -> Iterator[Tensor]:
@@ -151,7 +156,7 @@ def _matrix(
     from yeam.geometry.rays import ray_point
 
     stop = start + rows * columns
-    point_MN = torch.empty(rows, columns, dtype=inputs.dtype, device=inputs.device)
+    point_MN = inputs.hold(rows, columns)
     flat_T = point_MN.view(-1)
     moments = Moments.of(inputs.K)
     for tile in inputs.tiles(start, stop):
@@ -160,7 +165,7 @@ def _matrix(
         moments.add(delta_KT, tile.base_T, point_T)
     if moments.point_square == 0:
         _record(inputs, moments, 0.0, 0.0)
-        yield from (tile.base_T for tile in inputs.tiles(start, stop) if tile.base_T is not None)
+        yield from _base(inputs, start, stop)
         return
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
     if frames == "spectral":
@@ -176,10 +181,15 @@ def _matrix(
     unit = moments.mean_norm / square**0.5
     scale = step_length(moments, alpha=alpha, progress=_progress(along_K * unit, moments.gram_KK))
     _record(inputs, moments, strength * scale * moments.mean_norm, scale)
-    for tile in inputs.tiles(start, stop):
+    for tile in inputs.tiles(start, stop, base_only=True):
         assert tile.base_T is not None
-        point_T = flat_T[tile.start - start : tile.stop - start]
-        yield tile.base_T.add_(point_T, alpha=strength * scale * unit)
+        yield tile.base_T.add_(flat_T[tile.start - start : tile.stop - start], alpha=strength * scale * unit)
+
+
+def _base(inputs: Inputs, start: int, stop: int) -> Iterator[Tensor]:
+    for tile in inputs.tiles(start, stop, base_only=True):
+        assert tile.base_T is not None
+        yield tile.base_T
 
 
 def _progress(along_K: Tensor, gram_KK: Tensor) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -65,10 +65,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Model:
-    """An input model as the plan saw it: the user's reference and a fingerprint of its files."""
+    """An input model as the plan saw it: its reference, a fingerprint of its files, and its name in what is published."""
 
     reference: str
     fingerprint: str
+    label: str
 
 
 @dataclass(frozen=True)
@@ -114,40 +115,40 @@ class Plan:
         return asdict(self)
 
     def hash(self) -> str:
-        """32 hex digits that change when anything that decides the output's bytes changes."""
+        """32 hex digits that change when anything that decides the output's bytes changes.
+
+        `allow_nan` does not: a run that stopped at a NaN continues with it.
+        """
         from yeam._version import __version__
 
-        content = json.dumps([__version__, self.to_dict()], sort_keys=True, default=str)
+        content = json.dumps([__version__, replace(self, allow_nan=False).to_dict()], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+# safetensors writes tensors in this order of dtypes, each sorted by name: wide types first, so that all are aligned
+_FILE_ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+)  # fmt: skip
 
 
 def layout(plan: Plan, shard_size: int) -> Plan:
     """The plan with every job's shard and byte range set, and the shards' headers.
 
-    Tensors fill shards in order, as transformers does; a tensor larger than `shard_size` (bytes) has a shard of its own. Inside a
-    shard wider types come first, so that every tensor is aligned. Raises nothing: any order of jobs can be laid out.
+    Files come out as `save_pretrained(max_shard_size=…)` of transformers writes them, byte for byte: tensors fill shards in order, and
+    one larger than `shard_size` (bytes) has a shard of its own, while the shard under way goes on.
     """
-    groups: list[list[int]] = [[]]
-    filled = 0
-    for index, job in enumerate(plan.jobs):
-        if groups[-1] and filled + job.nbytes > shard_size:
-            groups.append([])
-            filled = 0
-        groups[-1].append(index)
-        filled += job.nbytes
     jobs = list(plan.jobs)
+    groups = _shard_groups(jobs, shard_size)
     shards = []
     for number, group in enumerate(groups):
-        group.sort(key=lambda i: -DTYPES[plan.jobs[i].dtype].itemsize)
+        group.sort(key=lambda i: (_FILE_ORDER.index(plan.jobs[i].dtype), plan.jobs[i].name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for i in group:
             job = plan.jobs[i]
-            header[job.name] = {
-                "dtype": job.dtype,
-                "shape": list(job.shape),
-                "data_offsets": [offset, offset + job.nbytes],
-            }
+            place = [offset, offset + job.nbytes]
+            header[job.name] = {"dtype": job.dtype, "shape": list(job.shape), "data_offsets": place}
             offset += job.nbytes
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
         text += " " * (-len(text.encode()) % 8)
@@ -157,6 +158,23 @@ def layout(plan: Plan, shard_size: int) -> Plan:
             jobs[i] = replace(plan.jobs[i], shard=number, begin=first + begin, end=first + end)
         shards.append(Shard(shard_name(number, len(groups)), first + offset, text))
     return replace(plan, jobs=tuple(jobs), shards=tuple(shards))
+
+
+def _shard_groups(jobs: Sequence[Job], shard_size: int) -> list[list[int]]:
+    """Indices of the jobs in each shard."""
+    groups: list[list[int]] = []
+    current: list[int] = []
+    filled = 0
+    for index, job in enumerate(jobs):
+        if job.nbytes > shard_size:
+            groups.append([index])
+            continue
+        if filled + job.nbytes > shard_size:
+            groups.append(current)
+            current, filled = [], 0
+        current.append(index)
+        filled += job.nbytes
+    return [*groups, current] if current else groups
 
 
 def shard_name(number: int, count: int) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from yeam.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from yeam.errors import CheckpointError, UserError
-from yeam.families import Anatomy, Stack, aliases_of, describe
+from yeam.families import Anatomy, Meaning, Stack, aliases_of, describe
 from yeam.recipe import LoadedRecipe, ModelRef
 
 
@@ -23,28 +22,42 @@ class Member:
 
     @cached_property
     def anatomy(self) -> Anatomy:
+        """What the tensors mean. A head that only shares storage with the embedding counts as a tensor of its own where the
+        config says that the two are not tied: a loader would miss it."""
         shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
+        aliases = {name: shapes[kept] for name, kept in self.checkpoint.aliases.items() if kept in shapes}
+        if aliases:
+            everything = describe(self.checkpoint.config, {**shapes, **aliases})
+            if everything.is_tied is False:
+                shapes |= {name: aliases[name] for name in aliases if everything.tensors[name].role == "head"}
         return describe(self.checkpoint.config, shapes)
 
     @cached_property
-    def duplicates(self) -> dict[str, str]:
-        """Names that are the same tensor as another one, by the config's ties or by shared storage → the one that is kept."""
-        pairs = {**self.checkpoint.aliases, **dict(self.anatomy.ties)}
+    def duplicates(self) -> Mapping[str, str]:
+        """Names that are not written, being the same tensor as another by the config's ties or by shared storage → that one."""
+        shared = {name: kept for name, kept in self.checkpoint.aliases.items() if name not in self.anatomy.tensors}
+        pairs = {**shared, **dict(self.anatomy.ties)}
         return {name: kept for name, kept in pairs.items() if kept in self.checkpoint.tensors}
 
+    @property
+    def notes(self) -> list[str]:
+        """What was decided about this model, for the user."""
+        twice = [name for name in self.duplicates if name in self.checkpoint.tensors]
+        tied = [f"{name} is stored, but the config ties it to {self.duplicates[name]}, which is used" for name in twice]
+        return [f"{self.ref.label}: {note}" for note in (*self.checkpoint.notes, *tied)]
+
     def find(self, name: str, owner: Member) -> str | None:
-        """This model's name of `owner`'s tensor `name`: the same, another spelling of its prefix, or what it is tied to."""
+        """This model's stored name of `owner`'s tensor: the same, another spelling of its prefix, or what it is tied to."""
         for candidate in self._spellings(name, owner):
-            if candidate in self.duplicates:
-                return self.duplicates[candidate]
-            if candidate in self.checkpoint.tensors:
-                return candidate
+            stored = self.duplicates.get(candidate, self.checkpoint.aliases.get(candidate, candidate))
+            if stored in self.checkpoint.tensors:
+                return stored
         return None
 
     def owns(self, name: str, owner: Member) -> bool:
         """Whether `owner`'s tensor `name` is a tensor of its own here, not tied to another one."""
         return any(
-            candidate in self.checkpoint.tensors and candidate not in self.duplicates
+            candidate in self.anatomy.tensors and candidate not in self.duplicates
             for candidate in self._spellings(name, owner)
         )
 
@@ -56,32 +69,34 @@ class Member:
     def similar(self, stack: Stack) -> Stack:
         """This model's stack that corresponds to another model's: of the same prefix, or the only one of the same last word.
 
-        A stack of no layers where there is none.
+        Where several have that word, only those of the same module count. A stack of no layers where there is none.
         """
         if stack.prefix in self.anatomy.stacks:
             return self.anatomy.stacks[stack.prefix]
         last = stack.prefix.rpartition(".")[2]
         found = [s for s in self.anatomy.stacks.values() if s.prefix.rpartition(".")[2] == last]
+        if len(found) > 1:
+            found = [s for s in found if s.module == stack.module]
         return found[0] if len(found) == 1 else Stack(stack.prefix, 0)
 
-    def layer_tensors(self, stack: Stack, layer: int) -> list[tuple[str, Any]]:
-        """(rest of the name, role) of the tensors in a layer of this model's stack that corresponds to `stack`."""
+    def layer_tensors(self, stack: Stack, layer: int) -> list[tuple[str, Meaning]]:
+        """(rest of the name, meaning) of the tensors in a layer of this model's stack that corresponds to `stack`."""
         return self._layers.get((self.similar(stack).prefix, layer), [])
 
     @cached_property
-    def _layers(self) -> dict[tuple[str, int], list[tuple[str, Any]]]:
-        found: dict[tuple[str, int], list[tuple[str, Any]]] = {}
-        for name, role in self.anatomy.tensors.items():
-            split = self.anatomy.stacks[role.stack].split(name) if role.stack is not None else None
-            if split is not None and name not in self.duplicates:
-                found.setdefault((role.stack, split[0]), []).append((split[1], role))
+    def _layers(self) -> dict[tuple[str, int], list[tuple[str, Meaning]]]:
+        found: dict[tuple[str, int], list[tuple[str, Meaning]]] = {}
+        for name, meaning in self.anatomy.tensors.items():
+            split = self.anatomy.stacks[meaning.stack].split(name) if meaning.stack is not None else None
+            if meaning.stack is not None and split is not None and name not in self.duplicates:
+                found.setdefault((meaning.stack, split[0]), []).append((split[1], meaning))
         return found
 
     def info(self, name: str) -> TensorInfo:
         return self.checkpoint.tensors[name]
 
-    def stored_dtype(self, name: str) -> str:
-        """The safetensors code that an output tensor takes from this input: its own, or what an adapter or scales hide."""
+    def natural_dtype(self, name: str) -> str:
+        """The safetensors code in which the model has a tensor: as stored, or what an adapter or scales hide."""
         return self.checkpoint.natural_dtype(name)
 
 

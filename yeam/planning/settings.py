@@ -3,54 +3,69 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from yeam.checkpoint.dtypes import dtype_named
+from yeam.checkpoint.dtypes import DTYPES
 from yeam.families import config_updates
 from yeam.planning.jobs import Job
 from yeam.planning.members import Member
 from yeam.planning.outline import Outline
 from yeam.recipe import LoadedRecipe
 
+_EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+
 
 def output_config(
-    loaded: LoadedRecipe, donor: Member, jobs: Sequence[Job], result: Outline, notes: list[str]
-) -> dict[str, Any] | None:
+    loaded: LoadedRecipe, donor: Member, jobs: Sequence[Job], outlined: Outline
+) -> tuple[dict[str, Any] | None, list[str]]:
     """The donor's config with layer counts, per-layer lists, dtype and the tie flag set as the output has them.
 
-    None where the donor has no config.json. Adds to `notes` what could not be kept true.
+    None where the donor has no config.json. Also returns what to tell the user.
     """
     if not donor.checkpoint.config:
-        return None
+        return None, [f"{donor.ref.label} has no config.json, so the output has none"]
     config = copy.deepcopy(donor.checkpoint.config)
-    if result.layers:
-        update = config_updates(config, donor.anatomy, result.layers, result.origins)
+    notes: list[str] = []
+    if outlined.layers:
+        update = config_updates(config, donor.anatomy, outlined.layers, outlined.origins)
         config = update.config
         notes.extend(update.notes)
-    chosen = loaded.recipe.out_dtype or loaded.recipe.dtype
-    if chosen:
-        _set_dtype(config, dtype_named(chosen).torch_name)
+    if outlined.left_out:
+        _change(config, {key: 0 for key in _EXTRA_LAYERS})
+    _state_dtype(config, jobs, asked=bool(loaded.recipe.out_dtype or loaded.recipe.dtype))
     written = {job.name for job in jobs}
     untied = [name for name in donor.duplicates if name in written]
     if untied:
         notes.append(f"{untied[0]} is written as a tensor of its own: not all models tie it")
-        _set_untied(config)
-    return config
+        config["tie_word_embeddings"] = False
+        _change(config, {"tie_word_embeddings": False})
+    return config, notes
 
 
-def _set_dtype(config: dict[str, Any], name: str) -> None:
-    """`dtype` as transformers 5 writes it or `torch_dtype` as older ones do, whichever is there, here and in nested configs."""
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    for key in keys:
-        config[key] = name
-    for value in config.values():
-        if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
-            _set_dtype(value, name)
+def _state_dtype(config: dict[str, Any], jobs: Sequence[Job], asked: bool) -> None:
+    """The dtype of most of the output's numbers, under the names that the config uses: `dtype` as transformers 5, or `torch_dtype`.
+
+    A config that names no dtype gets one only if the recipe does; nested configs keep theirs unless the recipe names one.
+    """
+    numbers: Counter[str] = Counter()
+    for job in jobs:
+        if DTYPES[job.dtype].is_float and job.role not in ("buffer", "scale"):
+            numbers[job.dtype] += job.numel
+    if not numbers:
+        return
+    name = DTYPES[max(numbers, key=lambda code: numbers[code])].torch_name
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or (["torch_dtype"] if asked else [])
+    config.update(dict.fromkeys(keys, name))
+    if asked:
+        _change(config, {"dtype": name, "torch_dtype": name})
 
 
-def _set_untied(config: dict[str, Any]) -> None:
-    config["tie_word_embeddings"] = False
-    for value in config.values():
-        if isinstance(value, dict) and "tie_word_embeddings" in value:
-            value["tie_word_embeddings"] = False
+def _change(config: dict[str, Any], values: dict[str, Any]) -> None:
+    """Set the keys where they are given, here and in nested configs."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _change(value, values)
+        elif key in values:
+            config[key] = values[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from yeam.errors import ConfigError, suggest
@@ -20,12 +20,22 @@ class ModelRef:
     """A model: `path` is an absolute local path where one exists, else what was written (`~` expanded) or a Hub name.
 
     `lora` is an adapter to be applied to it; an adapter has no adapter of its own. `str(ref)` gives text that `parse`
-    reads as the same reference.
+    reads as the same reference. `written` is the path as the recipe has it.
     """
 
     path: str
     revision: str | None = None
     lora: ModelRef | None = None
+    written: str = field(default="", compare=False, repr=False)
+
+    @property
+    def label(self) -> str:
+        """The name for files that are published: a folder under the current directory relative to it, else as written."""
+        name = self.written or self.path
+        if os.path.isabs(self.path) and os.path.relpath(self.path).split(os.sep)[0] != os.pardir:
+            name = os.path.relpath(self.path)
+        text = name if self.revision is None else f"{name}@{self.revision}"
+        return text if self.lora is None else f"{text}+{self.lora.label}"
 
     @classmethod
     def parse(cls, value: object, base_dir: str | os.PathLike[str] | None = None) -> ModelRef:
@@ -84,7 +94,7 @@ def _make(path: str, revision: str | None, base_dir: str | os.PathLike[str] | No
             )
         if found is None and ("@" in path or "+" in path):
             raise ConfigError(f"the path {path!r} does not exist", "check the path")
-        return ModelRef(found if found is not None else os.path.expanduser(path))
+        return ModelRef(found if found is not None else os.path.expanduser(path), written=path)
     if not _HUB_NAME.fullmatch(path):
         raise ConfigError(
             f"{path!r} is neither an existing path nor the name of a Hub repository",
@@ -118,7 +128,7 @@ def _parse_text(text: str, base_dir: str | os.PathLike[str] | None) -> ModelRef:
             refusals.append(error)
         else:
             rank = (os.path.exists(model.path), os.path.exists(lora.path))
-            readings.append((rank, ModelRef(model.path, model.revision, lora)))
+            readings.append((rank, replace(model, lora=lora)))
     if not readings:
         if len(refusals) == 1:
             raise refusals[0]
@@ -170,4 +180,4 @@ def _parse_mapping(value: Mapping[Any, Any], base_dir: str | os.PathLike[str] | 
         model = _parse_part(value["model"], "'model'", base_dir)
     if value.get("lora") is None:
         return model
-    return ModelRef(model.path, model.revision, _parse_part(value["lora"], "'lora'", base_dir))
+    return replace(model, lora=_parse_part(value["lora"], "'lora'", base_dir))

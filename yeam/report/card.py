@@ -53,8 +53,11 @@ def _link(ref: ModelRef) -> str:
     if not ref.is_local() and _HUB_ID.fullmatch(ref.path) and ref.lora is None:
         return f"[{_plain(ref.path)}](https://huggingface.co/{ref.path})"
     # a folder's place on the author's machine is nobody else's business
-    text = str(ref) if not ref.is_local() else ref.path.rstrip("/").rpartition("/")[2] + (
-        f"+{ref.lora.path.rstrip('/').rpartition('/')[2]}" if ref.lora is not None else ""
+    text = (
+        str(ref)
+        if not ref.is_local()
+        else ref.path.rstrip("/").rpartition("/")[2]
+        + (f"+{ref.lora.path.rstrip('/').rpartition('/')[2]}" if ref.lora is not None else "")
     )
     return f"`{_plain(text).replace('`', '')}`"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -35,11 +36,14 @@ class MergeReport:
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types."""
-        return {**asdict(self), "out": str(self.out)}
+        """The report as plain JSON types; NaN and Inf, which JSON has no word for, are None."""
+        plain: dict[str, Any] = _finite({**asdict(self), "out": str(self.out)})
+        return plain
 
 
-def build_report(plan: Plan, finished: Mapping[str, Mapping[str, Any]], out: Path, seconds: float, resumed: int) -> MergeReport:
+def build_report(
+    plan: Plan, finished: Mapping[str, Mapping[str, Any]], out: Path, seconds: float, resumed: int
+) -> MergeReport:
     """The report of a finished plan; `finished` is the output's journal by tensor name."""
     tensors = []
     for job in plan.jobs:
@@ -52,7 +56,7 @@ def build_report(plan: Plan, finished: Mapping[str, Mapping[str, Any]], out: Pat
                 "role": job.role,
                 "layer": job.layer,
                 "method": job.method,
-                "sources": [f"{plan.models[s.model].reference}: {s.tensor}" for s in job.sources],
+                "sources": [f"{plan.models[source.model].label}: {source.tensor}" for source in job.inputs],
                 "file": plan.shards[job.shard].file,
                 "xxh3": entry["xxh3"],
                 **entry["facts"],
@@ -61,7 +65,7 @@ def build_report(plan: Plan, finished: Mapping[str, Mapping[str, Any]], out: Pat
     return MergeReport(
         out=out,
         method=plan.method,
-        models=[model.reference for model in plan.models],
+        models=[model.label for model in plan.models],
         tensors=tensors,
         totals=_totals(plan, tensors),
         notes=list(plan.notes),
@@ -81,11 +85,21 @@ def _totals(plan: Plan, tensors: list[dict[str, Any]]) -> dict[str, Any]:
     }
     weight = sum(sum(n * n for n in part["update_norms"]) for part in parts if "agreement" in part)
     if weight > 0:
-        shared = sum(part["agreement"] * sum(n * n for n in part["update_norms"]) for part in parts if "agreement" in part)
+        shared = sum(
+            part["agreement"] * sum(n * n for n in part["update_norms"]) for part in parts if "agreement" in part
+        )
         base = sum(part["base_norm"] ** 2 for part in parts)
         totals["mean_agreement"] = shared / weight
         totals["relative_change"] = (sum(part["moved"] ** 2 for part in parts) / base) ** 0.5 if base > 0 else None
     return totals
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:

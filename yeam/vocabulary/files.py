@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ OTHER_FILES = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
@@ -55,35 +54,31 @@ def code_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
     return {p.name: p for p in sorted(folder.glob("*.py")) if p.is_file()}
 
 
-def same_vocabulary(one: Path, other: Path) -> bool | None:
-    """Whether two model folders have the same tokens with the same ids; None where one of them has no tokenizer files."""
-    first, second = (_vocabulary_file(folder) for folder in (one, other))
-    if first is None or second is None:
-        return None
-    if first.name == second.name and first.read_bytes() == second.read_bytes():
-        return True
-    tokens = _tokens(first), _tokens(second)
-    return None not in tokens and tokens[0] == tokens[1]
+def vocabularies_differ(one: Path, other: Path) -> bool:
+    """Whether two model folders have different tokens or ids, as far as their files tell.
+
+    Files of one name with the same bytes are equal; otherwise `tokenizer.json` and `vocab.json` are compared token by token. Where one
+    folder has no tokenizer there is nothing to differ; formats that only a tokenizer library reads differ by their bytes.
+    """
+    first, second = ({n: folder / n for n in _VOCABULARY_FILES if (folder / n).is_file()} for folder in (one, other))
+    if not first or not second:
+        return False
+    common = [name for name in first if name in second]
+    if any(first[name].read_bytes() == second[name].read_bytes() for name in common):
+        return False
+    readings = [(_tokens(first[name]), _tokens(second[name])) for name in common if name in ("tokenizer.json", "vocab.json")]
+    return not any(mine is not None and mine == theirs for mine, theirs in readings)
 
 
-def _vocabulary_file(folder: Path) -> Path | None:
-    return next((folder / name for name in _VOCABULARY_FILES if (folder / name).is_file()), None)
-
-
-@lru_cache(maxsize=16)
 def _tokens(path: Path) -> dict[str, int] | None:
-    """Token → id from a tokenizer.json or vocab.json, None from formats that only a tokenizer library reads."""
+    """Token → id from a tokenizer.json or vocab.json, None where it is neither."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if path.name == "vocab.json":
+            return dict(data)
+        vocab = data["model"]["vocab"]
+        if isinstance(vocab, list):  # Unigram: [piece, score] in the order of ids
+            vocab = {item[0]: i for i, item in enumerate(vocab)}
+        return {**vocab, **{token["content"]: token["id"] for token in data.get("added_tokens") or []}}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
-    if path.name == "vocab.json":
-        return data if isinstance(data, dict) else None
-    if path.name != "tokenizer.json" or not isinstance(data, dict):
-        return None
-    vocab = (data.get("model") or {}).get("vocab")
-    if isinstance(vocab, list):  # Unigram: [piece, score] in the order of ids
-        vocab = {item[0]: i for i, item in enumerate(vocab)}
-    if not isinstance(vocab, dict):
-        return None
-    return {**vocab, **{t["content"]: t["id"] for t in data.get("added_tokens") or [] if "content" in t and "id" in t}}

@@ -1,0 +1,64 @@
+"""Plain reference of the YeAM core for one tensor, in the caller's dtype; slow and whole, for checking.
+
+Legend: K sources, M rows, N columns, B blocks of four, w frame width.
+"""
+import torch
+
+
+def rays(delta_K, softness=4.0):
+    """Steps 1 and 2. delta_K [K, *shape] -> the softened intersection of the sources' tangent planes [*shape]."""
+    K, shape = delta_K.shape[0], delta_K.shape[1:]
+    flat_Kn = delta_K.reshape(K, -1)
+    v_KB4 = torch.nn.functional.pad(flat_Kn, (0, -flat_Kn.shape[1] % 4)).view(K, -1, 4)
+    length_KB = v_KB4.norm(dim=-1)
+    d_KB4 = v_KB4 / length_KB.clamp(min=torch.finfo(v_KB4.dtype).tiny)[..., None]
+    gram_BKK = torch.einsum("kbi,lbi->bkl", d_KB4, d_KB4)
+    a_BK = torch.linalg.solve(gram_BKK + softness * torch.eye(K, dtype=d_KB4.dtype), length_KB.T[..., None])[..., 0]
+    x_B4 = (1 + softness) * torch.einsum("bk,kbi->bi", a_BK, d_KB4)
+    return x_B4.reshape(-1)[: flat_Kn.shape[1]].view(shape)
+
+
+def agreement(delta_K):
+    """0 for unrelated updates, 1 for equal ones (and for a single one)."""
+    K = delta_K.shape[0]
+    if K == 1:
+        return 1.0
+    A = delta_K.sum(0).norm() ** 2 / (K * delta_K.reshape(len(delta_K), -1).norm(dim=1).square().sum()).clamp(min=1e-300)
+    return float(((K * A - 1) / (K - 1)).clamp(0, 1))
+
+
+def spread_columns(x_MN, width, alpha, generator, floor=1e-6):
+    """Equalise the columns of x inside frames of `width`, grouped by a random permutation."""
+    M, N = x_MN.shape
+    order = torch.randperm(N, generator=generator)
+    out_MN = torch.empty_like(x_MN)
+    grams = [x_MN[:, J].T @ x_MN[:, J] for J in order.split(width)]
+    eigen = [torch.linalg.eigh(C) for C in grams]
+    least = floor * max(float(l.max()) for l, _ in eigen)
+    for J, (l, Q) in zip(order.split(width), eigen):
+        out_MN[:, J] = x_MN[:, J] @ (Q * l.clamp(min=least) ** (-alpha / 2)) @ Q.T
+    return out_MN / out_MN.norm()
+
+
+def merge(base, delta_K, softness=4.0, width=64, rounds=2, lam=1.0, seed=0):
+    """The merged tensor. delta_K = weight_k * (source_k - base), stacked; width=None skips the frames."""
+    x = rays(delta_K, softness)
+    norms_K = delta_K.reshape(len(delta_K), -1).norm(dim=1)
+    if float(x.norm()) == 0:
+        return base.clone()
+    longest = float(2 * x.norm() / norms_K.mean())  # conflict is not blown up
+    if x.dim() != 2 or min(x.shape) < 8:
+        return base + lam * min(1.0, longest) * x * norms_K.mean() / x.norm()
+    alpha = 1 - agreement(delta_K) if float(base.norm()) > 0 else 0.0  # frames are for updates, not for whole weights
+    if width and alpha > 0:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(rounds):
+            x = spread_columns(x, width, alpha, generator)
+            x = spread_columns(x.T, width, alpha, generator).T
+    x = x * norms_K.mean() / x.norm()
+    displacement = float(norms_K.mean() / base.norm().clamp(min=1e-300))
+    progress = float(((x * delta_K).flatten(1).sum(1) / norms_K.square().clamp(min=1e-300)).mean())
+    scale = min((0.45 * max(displacement, 1e-12) ** -0.3) ** alpha, longest)
+    if progress > 0:
+        scale = min(scale, 1 / progress)
+    return base + lam * scale * x

@@ -1,0 +1,262 @@
+"""Recipes and models that cannot be merged: each is refused with one message that names the culprit and the way out."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import yeam
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+WEIGHTS = "model.safetensors"
+
+
+def edit_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite the header of a safetensors file; the data stays."""
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+
+
+def truncate(model: Path) -> None:
+    os.truncate(model / WEIGHTS, (model / WEIGHTS).stat().st_size - 10)
+
+
+def lengthen_header(model: Path) -> None:
+    raw = (model / WEIGHTS).read_bytes()
+    (model / WEIGHTS).write_bytes((len(raw)).to_bytes(8, "little") + raw[8:])
+
+
+def overlap(model: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        header["model.layers.0.mlp.up_proj.weight"]["data_offsets"] = header["model.layers.0.mlp.gate_proj.weight"][
+            "data_offsets"
+        ]
+
+    edit_header(model / WEIGHTS, change)
+
+
+def out_of_range(model: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        begin, end = header[Q]["data_offsets"]
+        header[Q]["data_offsets"] = [begin + 10**9, end + 10**9]
+
+    edit_header(model / WEIGHTS, change)
+
+
+def inconsistent(model: Path) -> None:
+    edit_header(model / WEIGHTS, lambda header: header[Q].update(shape=[16, 17]))
+
+
+def no_json(model: Path) -> None:
+    raw = (model / WEIGHTS).read_bytes()
+    (model / WEIGHTS).write_bytes(raw[:8] + b"?" + raw[9:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "texts"),
+    [
+        (truncate, ("truncated", "model.safetensors", "lm_head.weight", "model.norm.weight")[:2]),
+        (lengthen_header, ("the header claims", "truncated")),
+        (overlap, ("mlp.", "overlaps")),
+        (out_of_range, (Q, "out of range")),
+        (inconsistent, (Q, "[16, 17]")),
+        (no_json, ("not JSON",)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_damaged_file(damage, texts, llama, recipe, refused, tmp_path):
+    a, b = llama("a"), llama("b")
+    damage(b)
+    refused(["merge", recipe(a, b), tmp_path / "out"], str(b / WEIGHTS), *texts, inputs=[a, b])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_index_and_shards_that_do_not_fit(llama, recipe, refused, tmp_path):
+    a, b = llama("a"), llama("b", shards=3)
+    index = b / "model.safetensors.index.json"
+    words = ["merge", recipe(a, b), tmp_path / "out"]
+    whole = index.read_text()
+
+    index.write_text(whole.replace("model-00002-of-00003", "../a/model"))
+    refused(words, str(index), "../a/model.safetensors", inputs=[a, b])
+    index.write_text(whole.replace("model-00002-of-00003", "model-00003-of-00003"))
+    refused(words, str(index), "model-00003-of-00003.safetensors", "does not hold", inputs=[a, b])
+    index.write_text(whole)
+    (b / "model-00002-of-00003.safetensors").unlink()
+    refused(words, str(index), "names the shard model-00002-of-00003.safetensors", inputs=[a, b])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_shard_cut_off_after_planning(llama, recipe, tmp_path, monkeypatch):
+    """What the header promised when it was read may be gone when the weights are."""
+    a, b = llama("a"), llama("b", shards=2)
+    shard = b / "model-00002-of-00002.safetensors"
+    from yeam.engine.output import Output
+
+    allocate = Output._allocate
+
+    def cut(self: Output) -> None:
+        allocate(self)
+        truncate_to = shard.stat().st_size - 4
+        os.truncate(shard, truncate_to)
+
+    monkeypatch.setattr(Output, "_allocate", cut)
+    with pytest.raises(yeam.CheckpointError, match=shard.name) as caught:
+        yeam.merge(recipe(a, b), tmp_path / "out")
+    assert caught.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["linear", "yeam"])
+def test_models_that_do_not_fit(method, llama, recipe, refused, tmp_path):
+    base, a = llama("base"), llama("a")
+    out = tmp_path / "out"
+
+    def refuse(b: Path, *texts: str, first: Path = a) -> None:
+        refused(["merge", recipe(first, b, base_model=base, merge_method=method), out], *texts, inputs=[base, a, b])
+
+    refuse(llama("shape", change={Q: torch.zeros(24, 16)}), Q, str(a), "shape", "[24, 16]", "[16, 16]")
+    refuse(llama("type", change={Q: torch.zeros(16, 16, dtype=torch.int8)}), Q, "type", "I8", str(a))
+    refuse(llama("more", change={"extra.weight": torch.zeros(3)}), "extra.weight", str(tmp_path / "more"), str(a))
+    refuse(llama("less", change={Q: None}), Q, str(tmp_path / "less"), str(a))
+    refuse(llama("words", vocab=48), "vocabular", "32", "48", str(tmp_path / "words"), str(a))
+    refuse(llama("deep", layers=3), str(tmp_path / "deep"), "3", "2")
+    assert not out.exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_type_of_the_first_model_differs(llama, recipe, refused, tmp_path):
+    """Whole numbers are passed through, but not where another model has floats."""
+    a, b = llama("a", change={Q: torch.zeros(16, 16, dtype=torch.int8)}), llama("b")
+    refused(["merge", recipe(a, b), tmp_path / "out"], Q, "I8", str(a), str(b), inputs=[a, b])
+
+
+def test_float_types_may_differ(llama, recipe, tmp_path):
+    a, b = llama("a", dtype=torch.bfloat16), llama("b", dtype=torch.float16)
+    yeam.merge(recipe(a, b), tmp_path / "out")
+    merged = load_file(tmp_path / "out" / WEIGHTS)[Q]
+    expected = (load_file(a / WEIGHTS)[Q].float() + load_file(b / WEIGHTS)[Q].float()) / 2
+    assert merged.dtype == torch.bfloat16 and torch.equal(merged, expected.bfloat16())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("method", ["linear", "yeam", "passthrough"])
+def test_not_finite(method, value, llama, recipe, refused, tmp_path):
+    a, b, base = llama("a"), llama("b"), llama("base")
+    spoilt = load_file(b / WEIGHTS)[Q]
+    spoilt[5, 3] = value
+    llama("b", change={Q: spoilt})
+    models = [b] if method == "passthrough" else [a, b]
+    words = ["merge", recipe(*models, base_model=base, merge_method=method), tmp_path / "out"]
+    refused(words, str(b), Q, f"{value} at element 83", "--allow-nan", inputs=[a, b, base])
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial").is_dir()  # the rest is done
+
+    report = yeam.merge(words[1], tmp_path / "out", allow_nan=True)  # continues without --no-resume
+    assert 0 <= report.resumed < report.totals["tensors"]
+    merged = load_file(tmp_path / "out" / WEIGHTS)
+    assert not merged[Q][5, 3].isfinite()
+    assert all(tensor.isfinite().all() for name, tensor in merged.items() if name != Q)
+    text = (tmp_path / "out" / "yeam_report.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["totals"]["tensors"] == len(merged)
+
+
+def test_not_finite_in_the_base(llama, recipe, refused, tmp_path):
+    norm = torch.ones(16)
+    norm[7] = float("nan")
+    a, base = llama("a"), llama("base", change={"model.norm.weight": norm})
+    words = ["merge", recipe(a, base_model=base, merge_method="yeam"), tmp_path / "out"]
+    refused(words, str(base), "model.norm.weight", "nan at element 7", inputs=[a, base])
+
+
+def test_overflow(llama, recipe, refused, tmp_path):
+    big = torch.full((16, 16), 6e4)
+    a, b = llama("a", change={Q: big}), llama("b", change={Q: big})
+    words = [
+        "merge",
+        recipe(a, b, parameters={"weight": 1.0, "normalize": False}, out_dtype="float16"),
+        tmp_path / "out",
+    ]
+    refused(words, Q, "120000", "float16", "bfloat16", inputs=[a, b])
+
+
+@pytest.mark.parametrize(
+    ("keys", "texts"),
+    [
+        ({"merge_method": "linaer"}, ("linaer", "did you mean 'linear'")),
+        ({"parameters": {"weight": 1, "normalise": True}}, ("normalise", "did you mean 'normalize'")),
+        ({"parameters": {"weight": "heavy"}}, ("weight", "heavy")),
+        ({"parameters": {"weight": [{"filter": "self_atn", "value": 1}, {"value": 1}]}}, ("self_atn", "self_attn")),
+        ({"plugins": ["no-such-plugin"]}, ("no-such-plugin",)),
+        ({"plugins": ["no_such_module:plugin"]}, ("no_such_module",)),
+        ({"tokenizer": {"source": "union"}}, ("tokenizer", "not supported yet")),
+        ({"output_dtype": "float16"}, ("output_dtype", "did you mean 'out_dtype'")),
+        ({"out_dtype": "float61"}, ("float61",)),
+        ({"chat_template": "chatmk"}, ("chatmk", "chatml")),
+    ],
+    ids=["method", "parameter", "value", "filter", "plugin", "module", "tokenizer", "key", "dtype", "template"],
+)
+def test_wrong_recipe(keys, texts, llama, recipe, refused, tmp_path):
+    a, b = llama("a"), llama("b")
+    path = recipe(a, b, **keys)
+    word = texts[0].encode()
+    line = 1 + path.read_bytes().split(word)[0].count(b"\n")
+    message = refused(["merge", path, tmp_path / "out"], *texts, inputs=[a, b])
+    assert f"{path}:{line}: " in message or "filter" in str(keys)
+    refused(["plan", path], *texts)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_missing_things(llama, recipe, refused, tmp_path):
+    a = llama("models")
+    out = tmp_path / "out"
+    refused(["merge", tmp_path / "nowhere.yaml", out], "nowhere.yaml", "no such file")
+    refused(["merge", recipe(a, tmp_path / "modles"), out], "modles", f"did you mean {a}")
+    refused(["inspect", tmp_path / "modles"], "modles", f"did you mean {a}")
+    (tmp_path / "empty").mkdir()
+    refused(["merge", recipe(a, tmp_path / "empty"), out], "empty", "is empty")
+    refused(["merge", recipe(a), out, "--set", "merge_method=liner"], "--set merge_method=liner", "linear")
+    refused(["merge", recipe(a), out, "--device", "tpu"], "tpu")
+    refused(["merge", recipe(a), out, "--memory", "lots"], "lots")
+    refused(["merge", recipe(a), out, "--shard-size", "0"], "0", "5GB")
+    refused(["merge", recipe(a), out, "--like", "slerpkit"], "slerpkit", "mergekit")
+    assert not out.exists() and not (tmp_path / "out.partial").exists()
+
+
+class Malicious:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_pickle_that_runs_code(llama, recipe, refused, tmp_path):
+    a = llama("a")
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    mark = tmp_path / "executed"
+    words = ["merge", recipe(a, evil), tmp_path / "out"]
+
+    torch.save({Q: torch.zeros(16, 16), "run": Malicious(mark)}, evil / "pytorch_model.bin")
+    torch.load(evil / "pytorch_model.bin", weights_only=False)  # it is armed
+    mark.unlink()
+    refused(words, str(evil / "pytorch_model.bin"), "nothing was executed", inputs=[a, evil])
+
+    (evil / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(mark)))
+    refused(words, str(evil / "pytorch_model.bin"), inputs=[a, evil])
+    assert not mark.exists() and not (tmp_path / "out").exists()

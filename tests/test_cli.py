@@ -1,0 +1,192 @@
+"""The command line: what goes to which stream, exit statuses, and what it costs to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import command, environment
+from typer.testing import CliRunner
+
+import yeam
+from yeam.cli.app import app
+
+HEAVY = ("torch", "transformers", "huggingface_hub", "numpy")
+
+
+@pytest.fixture
+def pair(llama, recipe) -> Path:
+    return recipe(llama("a"), llama("b"))
+
+
+def run(*words: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command, in this process."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["merge", "--help"], ["--version"], []], ids=" ".join)
+def test_starting_is_cheap(words):
+    """`yeam --help` and `import yeam` load none of the heavy packages; the time is printed."""
+    code = (
+        "import sys, time\n"
+        "start = time.perf_counter()\n"
+        f"sys.argv = ['yeam', *{words!r}]\n"
+        "import yeam\n"
+        "imported = time.perf_counter() - start\n"
+        f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "from yeam.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        f"loaded += [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "print('loaded', loaded, 'import', round(imported, 3), 'all', round(time.perf_counter() - start, 3))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    print(words, done.stdout.splitlines()[-1])
+    assert done.stdout.splitlines()[-1].startswith("loaded [] ")
+    assert ("Usage: " in done.stdout + done.stderr) == (words != ["--version"])
+
+
+def test_not_a_terminal(pair, yeam_process, tmp_path):
+    """One line on stderr, without a bar or colours, whatever the environment says; nothing on stdout."""
+    done = yeam_process("merge", pair, tmp_path / "out", FORCE_COLOR="1", TTY_COMPATIBLE="1")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith(f"{tmp_path / 'out'}: 21 tensors, ") and done.stderr.count("\n") == 1
+    assert done.stderr.endswith(" s\n") and "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize(("options", "shows"), [([], True), (["--quiet"], False), (["--json"], False)])
+def test_terminal(options, shows, pair, tmp_path):
+    """On a terminal there is a bar, unless it is not wanted."""
+    ours, theirs = pty.openpty()
+    screen = bytearray()
+
+    def watch() -> None:
+        try:
+            while data := os.read(ours, 4096):
+                screen.extend(data)
+        except OSError:  # the other side was closed
+            pass
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    done = subprocess.run(
+        command("merge", pair, tmp_path / "out", *options), env=environment(TERM="xterm"), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=theirs, timeout=60,
+    )  # fmt: skip
+    os.close(theirs)
+    watcher.join(timeout=60)
+    os.close(ours)
+    assert done.returncode == 0
+    text = screen.decode()
+    assert ("merging" in text and "21/21 tensors" in text and "bytes/s" in text.replace("kB/s", "bytes/s")) == shows
+    assert bool(text) == shows
+    assert bool(done.stdout) == (options == ["--json"])
+
+
+def test_quiet(pair, tmp_path):
+    out = tmp_path / "out"
+    assert run("merge", pair, out, "--quiet") == (0, "", "")
+    assert run("plan", pair, "--quiet") == (0, "", "")
+    assert run("inspect", out, "--quiet") == (0, "", "")
+    assert run("methods", "--quiet") == (0, "", "")
+    assert run("families", "--quiet") == (0, "", "")
+    status, stdout, stderr = run("merge", pair, out, "--quiet")  # errors are not kept quiet
+    assert (status, stdout) == (2, "") and stderr.startswith("error: ")
+
+
+def test_json(pair, tmp_path):
+    """One object on stdout and nothing on stderr."""
+    out = tmp_path / "out"
+
+    def only(*words: object) -> dict[str, object]:
+        status, stdout, stderr = run(*words, "--json")
+        assert (status, stderr) == (0, "")
+        assert stdout.endswith("}\n")
+        found = json.loads(stdout, parse_constant=pytest.fail)
+        assert isinstance(found, dict)
+        return found
+
+    planned = only("plan", pair)
+    assert planned["hash"] == yeam.plan(pair).hash() and len(planned["jobs"]) == 21
+    assert planned["read_bytes"] == 2 * sum(job.nbytes for job in yeam.plan(pair).jobs)
+    report = only("merge", pair, out)
+    assert report == json.loads((out / "yeam_report.json").read_text())
+    assert report["totals"]["tensors"] == 21 and report["out"] == str(out)
+    assert len(only("inspect", out)["tensors"]) == 21
+    assert {"linear", "passthrough", "yeam"} <= only("methods").keys()
+    assert "llama" in only("families")
+
+
+def test_debug(pair, tmp_path):
+    """--debug adds the traceback and changes neither the message nor the status."""
+    missing = ["merge", tmp_path / "nowhere.yaml"]
+    status, stdout, stderr = run(*missing)
+    assert (status, stdout) == (2, "") and "Traceback" not in stderr
+    longer = run(*missing, "--debug", "--json")
+    assert longer[0] == 2 and json.loads(longer[1])["status"] == 2
+    assert longer[2].startswith("Traceback") and longer[2].endswith(stderr)
+
+
+def test_defect(pair, tmp_path, monkeypatch):
+    """An exception that nobody foresaw is status 1, one message, and no traceback unless asked for."""
+
+    def broken(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("yeam.api.merge", broken)
+    status, stdout, stderr = run("merge", pair, tmp_path / "out")
+    assert (status, stdout) == (1, "")
+    assert stderr == "error: ZeroDivisionError: by zero\n  report it, with the traceback that --debug shows\n"
+    status, _, stderr = run("merge", pair, tmp_path / "out", "--debug")
+    assert status == 1 and stderr.startswith("Traceback") and "in broken" in stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["merge", "r.yaml", "--overwrit"], ["merge"], ["mrege", "r.yaml"], ["inspect", "a", "b"]]
+)
+def test_usage(words):
+    status, stdout, stderr = run(*words)
+    assert (status, stdout) == (2, "")
+    assert "Usage: " in stderr and "Traceback" not in stderr
+
+
+def test_nobody_reads(pair):
+    """`yeam … | head`: no complaint when the reader has left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run(
+            command("plan", pair, "--json"),
+            env=environment(),
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1 and done.stderr == ""
+
+
+def test_where_it_goes(llama, recipe, tmp_path, monkeypatch):
+    """OUT is the argument, else `output:`, else the recipe's name in the current folder; --set changes the recipe."""
+    a = llama("a")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    path = recipe(a, file="soup.yaml")
+    assert run("merge", path)[0] == 0 and (here / "soup" / "model.safetensors").is_file()
+    assert run("merge", path, "--set", "output=deep/er/merged")[0] == 0
+    assert (here / "deep" / "er" / "merged" / "model.safetensors").is_file()
+    assert run("merge", path, "argument", "--set", "output=setting")[0] == 0
+    assert sorted(entry.name for entry in here.iterdir()) == ["argument", "deep", "soup"]
+    status, _, stderr = run("merge", path)
+    assert status == 2 and f"{here / 'soup'} exists" in stderr
+    assert run("merge", path, "--overwrite", "-q") == (0, "", "")

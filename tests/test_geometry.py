@@ -1,0 +1,266 @@
+"""The invariants of rays, frames and length, in float64, and the fast path against the plain reference.
+
+Legend: K sources, T elements, M rows, N columns.
+"""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from yeam.geometry.frames import spread_, spread_spectral_
+from yeam.geometry.length import Moments, agreement
+from yeam.geometry.rays import ray_point
+from yeam.methods import Tile, method_named
+
+SETTINGS = settings(max_examples=25, deadline=None)
+SOFTNESS = st.sampled_from([0.05, 1.0, 4.0, 50.0])
+SEED = st.integers(0, 2**31)
+
+
+def updates(K: int, T: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random updates of unequal lengths with some blocks of no length, as sparse fine-tunes have them."""
+    generator = torch.Generator().manual_seed(seed)
+    delta_KT = torch.randn(K, T, generator=generator, dtype=dtype) * torch.logspace(-2, 0, K, dtype=dtype)[:, None]
+    empty = torch.rand(K, -(-T // 4), generator=generator) < 0.2
+    return delta_KT.masked_fill_(empty.repeat_interleave(4, dim=1)[:, :T], 0.0)
+
+
+class HeldInputs:
+    """Inputs of one tensor that lie in memory, served in tiles of the given size."""
+
+    def __init__(self, sources_KT: Tensor, base: Tensor | None, shape: tuple[int, ...], tile: int = 1 << 18) -> None:
+        self.shape, self.K, self.has_base = shape, len(sources_KT), base is not None
+        self.device, self.dtype = sources_KT.device, sources_KT.dtype
+        self.facts: list[dict[str, object]] = []
+        self._sources_KT, self._base, self._tile = sources_KT.reshape(self.K, -1), base, tile
+
+    def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False):
+        stop = self._sources_KT.shape[1] if stop is None else stop
+        for begin in range(start, stop, self._tile):
+            end = min(begin + self._tile, stop)
+            base_T = self._base.flatten()[begin:end].clone() if self._base is not None else None
+            yield Tile(begin, end, self._sources_KT[: 0 if base_only else None, begin:end].clone(), base_T)
+
+    def hold(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype)
+
+    def record(self, **facts: object) -> None:
+        self.facts.append(facts)
+
+
+def merge(sources: Tensor, base: Tensor | None, tile: int = 1 << 18, **parameters) -> Tensor:
+    """The registered method `yeam` on tensors in memory, with its defaults unless told otherwise."""
+    method = method_named("yeam")
+    values = {p.keyword: p.default for p in method.parameters.values()}
+    values |= {"weight": (1.0,) * len(sources)} | parameters
+    inputs = HeldInputs(sources, base, tuple(sources.shape[1:]), tile)
+    return torch.cat([part.clone() for part in method.run(inputs, values)]).view(sources.shape[1:])
+
+
+@given(K=st.integers(1, 9), T=st.integers(1, 200), softness=SOFTNESS, seed=SEED)
+@SETTINGS
+def test_rays_solve_the_normal_equations(K: int, T: int, softness: float, seed: int) -> None:
+    delta_KT = updates(K, T, seed)
+    torch.testing.assert_close(ray_point(delta_KT, softness), reference.rays(delta_KT, softness), rtol=1e-9, atol=1e-12)
+
+
+@given(T=st.integers(1, 100), softness=SOFTNESS, seed=SEED)
+@SETTINGS
+def test_a_single_ray_ends_at_its_tip(T: int, softness: float, seed: int) -> None:
+    delta_KT = updates(1, T, seed)
+    assert torch.equal(ray_point(delta_KT, softness), delta_KT[0])
+
+
+@given(K=st.integers(2, 4), softness=SOFTNESS, seed=SEED)
+@SETTINGS
+def test_orthogonal_rays_sum_exactly(K: int, softness: float, seed: int) -> None:
+    rotation_44, _ = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    delta_KT = rotation_44[:K] * torch.linspace(0.5, 2, K, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(ray_point(delta_KT, softness), delta_KT.sum(0))
+
+
+@given(K=st.integers(2, 8), seed=SEED)
+@SETTINGS
+def test_equal_rays_count_once_when_hard_and_add_up_when_soft(K: int, seed: int) -> None:
+    one_T = updates(1, 40, seed)[0]
+    delta_KT = one_T.expand(K, -1).contiguous()
+    torch.testing.assert_close(ray_point(delta_KT, 1e-9), one_T, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(ray_point(delta_KT, 1e9), K * one_T, rtol=1e-6, atol=1e-9)
+    middle_T = ray_point(delta_KT, 4.0)
+    torch.testing.assert_close(middle_T, one_T * (K * 5 / (K + 4)))  # (1+μ)K/(K+μ): more than one, less than K
+
+
+@given(softness=SOFTNESS, seed=SEED)
+@SETTINGS
+def test_opposite_rays_cancel(softness: float, seed: int) -> None:
+    one_T = updates(1, 40, seed)[0]
+    assert float(ray_point(torch.stack([one_T, -one_T]), softness).abs().max()) <= 1e-12 * float(one_T.abs().max())
+
+
+@given(K=st.integers(2, 7), softness=SOFTNESS, seed=SEED)
+@SETTINGS
+def test_order_rotation_and_scale(K: int, softness: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    delta_KT = updates(K, 32, seed)
+    point_T = ray_point(delta_KT, softness)
+    torch.testing.assert_close(ray_point(delta_KT[torch.randperm(K, generator=generator)], softness), point_T)
+    torch.testing.assert_close(ray_point(delta_KT * 1e-3, softness), point_T * 1e-3)
+    rotation_44, _ = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))
+    turned_KT = (delta_KT.view(K, -1, 4) @ rotation_44).flatten(1)
+    torch.testing.assert_close(ray_point(turned_KT, softness), (point_T.view(-1, 4) @ rotation_44).flatten())
+
+
+def test_softness_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        ray_point(torch.ones(2, 4), 0.0)
+
+
+@given(
+    M=st.integers(8, 90), N=st.integers(8, 90), width=st.sampled_from([4, 16, 64]), alpha=st.sampled_from([0.3, 1.0]), seed=SEED
+)
+@SETTINGS
+def test_frames_equal_the_reference(M: int, N: int, width: int, alpha: float, seed: int) -> None:
+    x_MN = updates(M, N, seed)
+    expected_MN, generator = x_MN, torch.Generator().manual_seed(seed)
+    for _ in range(2):
+        expected_MN = reference.spread_columns(expected_MN, width, alpha, generator)
+        expected_MN = reference.spread_columns(expected_MN.T, width, alpha, generator).T
+    spread_(x_MN, alpha=alpha, width=width, rounds=2, seed=seed)
+    torch.testing.assert_close(x_MN / x_MN.norm(), expected_MN, rtol=1e-6, atol=1e-8)
+
+
+@given(M=st.integers(8, 60), N=st.integers(8, 60), alpha=st.sampled_from([0.25, 0.6, 1.0]), seed=SEED)
+@SETTINGS
+def test_spectral_frames_raise_singular_values_to_a_power(M: int, N: int, alpha: float, seed: int) -> None:
+    x_MN = torch.randn(M, N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(x_MN, full_matrices=False)
+    if float(s.min() / s.max()) < 2e-3:
+        return  # below the floor the two definitions part on purpose
+    torch.testing.assert_close(spread_spectral_(x_MN.clone(), alpha=alpha), (u * s ** (1 - alpha)) @ vh, rtol=1e-6, atol=1e-8)
+
+
+def test_many_rounds_tend_to_a_flat_spectrum() -> None:
+    x_MN = torch.randn(48, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    spread = []
+    for rounds in (0, 2, 8, 32):
+        values = torch.linalg.svdvals(spread_(x_MN.clone(), alpha=1.0, width=16, rounds=rounds))
+        spread.append(float(values.std() / values.mean()))
+    assert spread == sorted(spread, reverse=True)
+    assert spread[-1] < 0.02 * spread[0]
+
+
+@given(K=st.integers(2, 6), copies=st.integers(2, 5), seed=SEED)
+@SETTINGS
+def test_agreement(K: int, copies: int, seed: int) -> None:
+    delta_KT = updates(K, 60, seed)
+    moments = Moments.of(K)
+    for start in (0, 20, 40):
+        part_KT = delta_KT[:, start : start + 20]
+        moments.add(part_KT, None, part_KT.sum(0))
+    assert agreement(moments.gram_KK) == pytest.approx(reference.agreement(delta_KT), abs=1e-9)
+    same_KT = delta_KT[:1].expand(copies, -1)
+    assert agreement(same_KT @ same_KT.T) == pytest.approx(1.0)
+
+
+@given(
+    K=st.integers(1, 5),
+    shape=st.sampled_from([(7,), (40,), (24, 36), (9, 70), (5, 64), (), (2, 3, 5)]),
+    parameters=st.sampled_from([{}, {"frames": 16}, {"frames": 4}, {"frames": "none"}, {"softness": 0.5, "lambda_": 0.7, "seed": 3}]),
+    with_base=st.booleans(),
+    tile=st.sampled_from([64, 1 << 18]),
+    seed=SEED,
+)
+@SETTINGS
+def test_merge_equals_the_reference(K, shape, parameters, with_base, tile, seed) -> None:
+    size = max(1, torch.Size(shape).numel())
+    delta = updates(K, size, seed).view(K, *shape)
+    base = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    sources = delta + base if with_base else delta
+    frames = parameters.get("frames", 64)
+    expected = reference.merge(
+        base if with_base else torch.zeros_like(base),
+        delta,
+        softness=parameters.get("softness", 4.0),
+        width=None if frames == "none" else frames,
+        rounds=4 if frames == 4 else 2,
+        lam=parameters.get("lambda_", 1.0),
+        seed=parameters.get("seed", 0),
+    )
+    if K == 1 and not with_base:
+        expected = delta[0] * parameters.get("lambda_", 1.0)
+    merged = merge(sources, base if with_base else None, tile, **parameters)
+    torch.testing.assert_close(merged, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("frames", [64, 16, "none"])
+@pytest.mark.parametrize("K", [2, 3, 5])
+def test_float32_is_within_1e_5_of_the_reference(K: int, frames: int | str) -> None:
+    generator = torch.Generator().manual_seed(K)
+    base = torch.randn(200, 330, generator=generator)
+    delta = 0.05 * torch.randn(K, 200, 330, generator=generator)
+    expected = reference.merge(base.double(), delta.double(), width=None if frames == "none" else frames)
+    update = merge(base + delta, base, frames=frames).double() - base.double()
+    assert float((update - (expected - base.double())).norm() / (expected - base.double()).norm()) < 1e-5
+
+
+@given(copies=st.integers(1, 5), shape=st.sampled_from([(12,), (20, 28)]), seed=SEED)
+@SETTINGS
+def test_copies_of_one_source_are_that_source(copies: int, shape: tuple[int, ...], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    base, source = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    merged = merge(source.expand(copies, *shape).contiguous(), base)
+    torch.testing.assert_close(merged, source, rtol=1e-12, atol=1e-12)
+
+
+def test_contradiction_moves_little_and_cancellation_not_at_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, delta = torch.randn(2, 32, 32, generator=generator, dtype=torch.float64)
+    assert torch.equal(merge(torch.stack([base, base]), base), base)
+    opposed = merge(torch.stack([base + 0.1 * delta, base - 0.1 * delta]), base)
+    torch.testing.assert_close(opposed, base, rtol=1e-12, atol=1e-12)
+    nearly = merge(torch.stack([base + 0.1 * delta, base - 0.099 * delta]), base)
+    assert 0 < float((nearly - base).norm()) < 0.02 * float((0.1 * delta).norm())
+
+
+def test_without_a_base_the_norm_of_the_models_is_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    models = torch.randn(3, 40, 40, generator=generator, dtype=torch.float64) * 0.1 + torch.randn(
+        40, 40, generator=generator, dtype=torch.float64
+    )
+    merged = merge(models, None)
+    assert float(merged.norm()) == pytest.approx(float(models.flatten(1).norm(dim=1).mean()), rel=0.02)
+
+
+def test_tall_matrices_are_panels_and_stacks_are_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    from yeam.methods import yeam
+
+    monkeypatch.setattr(yeam, "PANEL_ROWS", 20)
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(50, 12, generator=generator, dtype=torch.float64)
+    delta = 0.1 * torch.randn(2, 50, 12, generator=generator, dtype=torch.float64)
+    merged = merge(base + delta, base)
+    edges = [0, 16, 33, 50]
+    for top, bottom in zip(edges, edges[1:]):
+        expected = reference.merge(base[top:bottom], delta[:, top:bottom])
+        torch.testing.assert_close(merged[top:bottom], expected)
+    stacked = merge((base + delta)[:, :48].reshape(2, 3, 16, 12), base[:48].view(3, 16, 12))
+    for index in range(3):
+        rows = slice(16 * index, 16 * (index + 1))
+        torch.testing.assert_close(stacked[index], reference.merge(base[rows], delta[:, rows]))
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_points_that_are_not_kept_are_computed_again_alike(with_base: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from yeam.methods import yeam
+
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(30, 40, generator=generator) if with_base else None
+    sources = torch.randn(3, 30, 40, generator=generator)
+    kept = merge(sources, base, tile=64, frames="none")
+    monkeypatch.setattr(yeam, "HELD_BYTES", 0)
+    assert torch.equal(merge(sources, base, tile=64, frames="none"), kept)

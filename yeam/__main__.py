@@ -1,0 +1,6 @@
+"""`python -m yeam`."""
+
+from yeam.cli import main
+
+if __name__ == "__main__":
+    main()

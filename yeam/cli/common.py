@@ -1,0 +1,75 @@
+"""What all commands share: the options, one message for an error, and the exit status."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from yeam.errors import YeamError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages, errors excepted.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: `parameters.lambda=0.8`. May be repeated."),
+]
+ShardSize = Annotated[str | None, typer.Option(metavar="SIZE", help="Largest size of an output file, such as 5GB.")]
+Like = Annotated[str | None, typer.Option(metavar="TOOL", help="`mergekit`: round as mergekit does (`math: exact`).")]
+AllowNan = Annotated[bool, typer.Option("--allow-nan", help="Merge inputs that hold NaN or Inf all the same.")]
+
+INTERRUPTED = 130
+
+
+@contextmanager
+def handled(debug: bool, as_json: bool = False) -> Iterator[None]:
+    """Turn exceptions into one message on stderr and an exit status: 2 for what the user can fix, 1 for what broke.
+
+    The status is the same with `debug`, which prints the traceback before the message.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # typer itself leaves quietly when nobody reads any more
+        raise
+    except KeyboardInterrupt:
+        message, remedy, status = "interrupted", "run the same command again to continue", INTERRUPTED
+    except YeamError as error:
+        message, remedy, status = error.message, error.remedy, error.exit_status
+        if debug:
+            traceback.print_exc()
+    except Exception as error:
+        message, remedy, status = f"{type(error).__name__}: {error}", "report it, with the traceback that --debug shows", 1
+        if debug:
+            traceback.print_exc()
+    else:
+        return
+    fail(message, remedy, status, as_json)
+
+
+def fail(message: str, remedy: str, status: int, as_json: bool) -> NoReturn:
+    """Print an error and leave with the status."""
+    typer.echo(f"error: {message}", err=True)
+    if remedy:
+        typer.echo(f"  {remedy}", err=True)
+    if as_json:
+        print_json({"error": message, "remedy": remedy, "status": status})
+    raise typer.Exit(status)
+
+
+def print_json(data: Any) -> None:
+    """One JSON object on stdout."""
+    typer.echo(json.dumps(data, default=str))
+
+
+def human(nbytes: float) -> str:
+    """Bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"

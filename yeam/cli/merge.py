@@ -1,0 +1,98 @@
+"""`yeam merge`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from yeam.cli.common import AllowNan, Debug, Json, Like, Overrides, Quiet, ShardSize, handled, human, print_json
+
+if TYPE_CHECKING:
+    from yeam.engine.run import Progress
+
+
+def merge(
+    config: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    out: Annotated[
+        Path | None, typer.Argument(help="The folder to make; the recipe's `output:` or ./<recipe name> otherwise.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Bound on anonymous memory; a quarter of RAM, at most 4GiB, by default."),
+    ] = None,
+    shard_size: ShardSize = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted run, or start over.")] = True,
+    allow_nan: AllowNan = False,
+    like: Like = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Merge models as a recipe says.
+
+    Example: yeam merge merge_configs/quickstart.yaml merged/quickstart
+    """
+    import yeam
+
+    with handled(debug, as_json):
+        with _progress(quiet or as_json) as listener:
+            report = yeam.merge(
+                config,
+                out,
+                device=device,
+                memory=memory,
+                shard_size=shard_size,
+                overwrite=overwrite,
+                resume=resume,
+                allow_nan=allow_nan,
+                like=like,
+                overrides=overrides or [],
+                progress=listener,
+            )
+        if as_json:
+            print_json(report.to_dict())
+        elif not quiet:
+            for note in report.notes:
+                typer.echo(f"note: {note}", err=True)
+            kept = f", {report.resumed} of them kept from the interrupted run" if report.resumed else ""
+            typer.echo(
+                f"{report.out}: {report.totals['tensors']} tensors{kept}, {human(report.totals['bytes'])}, "
+                f"{report.seconds:.1f} s",
+                err=True,
+            )
+
+
+@contextmanager
+def _progress(silent: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """A progress bar on stderr, none when that is not a terminal."""
+    if silent or not sys.stderr.isatty():  # rich would also believe variables such as FORCE_COLOR
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[tensors]}"),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("planning", total=None, tensors="")
+
+        def listener(event: Progress) -> None:
+            tensors = f"{event.tensors:,}/{event.total_tensors:,} tensors"
+            bar.update(task, description="merging", total=event.total_bytes, completed=event.nbytes, tensors=tensors)
+
+        yield listener

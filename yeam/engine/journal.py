@@ -1,0 +1,68 @@
+"""The journal of a merge: one JSON line naming the plan, then one for each finished tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+Entry = dict[str, Any]
+
+
+class Journal:
+    """An append-only file of JSON lines that survives being cut off anywhere.
+
+    `plan` is the plan's hash from the first line, None for a new or empty journal; `entries` are the whole lines after it that
+    the file held when it was opened. A torn line, and whatever follows it, is not counted and is cut off before the first
+    append. Raises OSError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._guard = threading.Lock()
+        self.plan: str | None = None
+        self.entries: list[Entry] = []
+        try:
+            whole = self._replay(path.read_bytes())
+            os.ftruncate(self._fd, whole)
+        except BaseException:
+            self.close()
+            raise
+
+    def _replay(self, content: bytes) -> int:
+        """Take over the whole lines; returns how many bytes they are."""
+        whole = 0
+        for line in content.splitlines(keepends=True):
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                entry = None
+            if not isinstance(entry, dict):
+                break
+            if whole == 0:
+                self.plan = str(entry.get("plan"))
+            else:
+                self.entries.append(entry)
+            whole += len(line)
+        return whole
+
+    def restart(self, plan: str) -> None:
+        """Forget everything and begin with the plan's hash."""
+        os.ftruncate(self._fd, 0)
+        self.plan, self.entries = plan, []
+        self.append({"plan": plan})
+
+    def append(self, entry: Entry) -> None:
+        """Write one line, from any thread. It is in the kernel's hands when this returns."""
+        with self._guard:
+            line = memoryview((json.dumps(entry) + "\n").encode())
+            while line:
+                line = line[os.write(self._fd, line) :]
+
+    def close(self) -> None:
+        """Release the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,183 @@
+"""From one outlined tensor to the job that makes it: method, parameters, dtypes, and whether its inputs fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from yeam.checkpoint.dtypes import DTYPES, dtype_named
+from yeam.errors import CheckpointError
+from yeam.methods import Method
+from yeam.planning.jobs import Input, Job
+from yeam.planning.members import Member
+from yeam.planning.outline import Group, Outlined, Seat
+from yeam.recipe import LoadedRecipe
+
+Owner = tuple[Seat, str]
+"""A seat and the name under which it has the tensor."""
+
+
+def job_of(loaded: LoadedRecipe, method: Method, outlined: Outlined, donor: Member) -> Job | None:
+    """The job of one output tensor; None for a constant that the first model does not store.
+
+    Constants and tensors of integers are copied from the first model. Raises CheckpointError where a model lacks the tensor or has it
+    in another shape, ConfigError for a number of sources or parameters that the method cannot use.
+    """
+    owners = [(seat, name) for seat, name in outlined.found if name is not None]
+    if outlined.meaning.role == "buffer":
+        return _copy(owners[0], outlined) if owners and owners[0] == outlined.found[0] else None
+    _check_presence(loaded, outlined, owners)
+    _check_shapes(loaded, outlined, owners, donor)
+    first, name = owners[0]
+    info = first.member.info(name)
+    if not info.storage.is_float:
+        return _copy(owners[0], outlined)
+    _check_count(loaded, method, outlined.group)
+    sources = owners if outlined.group.base is None else owners[1:]
+    values = _parameters(loaded, method, outlined)
+    dtype = _output_dtype(loaded, first.member.natural_dtype(name))
+    if method.name == "passthrough" and values["scale"] == (None,) and info.dtype == dtype:
+        return _copy(owners[0], outlined)
+    return Job(
+        name=outlined.name,
+        shape=info.shape,
+        dtype=dtype,
+        role=outlined.meaning.role,
+        method=method.name,
+        sources=tuple(Input(seat.member.index, name) for seat, name in sources),
+        base=Input(first.member.index, name) if outlined.group.base is not None else None,
+        parameters=values,
+        work=_work_dtype(loaded, method, owners),
+        roles=tuple(sorted(outlined.meaning.roles)),
+        layer=outlined.layer,
+    )
+
+
+def _copy(owner: Owner, outlined: Outlined) -> Job:
+    seat, name = owner
+    info = seat.member.info(name)
+    return Job(
+        name=outlined.name,
+        shape=info.shape,
+        dtype=info.dtype,
+        role=outlined.meaning.role,
+        method="copy",
+        sources=(Input(seat.member.index, name),),
+        work=info.dtype,
+        roles=tuple(sorted(outlined.meaning.roles)),
+        layer=outlined.layer,
+    )
+
+
+def _parameters(loaded: LoadedRecipe, method: Method, outlined: Outlined) -> dict[str, Any]:
+    """Every parameter of the method for this tensor by keyword, validated; per-model ones as one value a source."""
+    group = outlined.group
+    where = loaded.locate(group.path)
+    common: dict[str, Any] = {"output_name": outlined.name, "t": outlined.t, "roles": outlined.meaning.roles}
+    values: dict[str, Any] = {}
+    for parameter in method.parameters.values():
+        if not parameter.per_source:
+            found = group.resolver.value(parameter.name, **common)
+            if found is None and parameter.required:
+                raise loaded.error(group.path, f"{outlined.name}: method {method.name!r} needs {parameter.name!r}")
+            values[parameter.keyword] = parameter.default if found is None else parameter.check(found, where)
+            continue
+        row = []
+        for seat, asked in zip(group.seats, outlined.asked):
+            # a listed base is asked too, so that its filters count as used; what it says has no effect
+            found = group.resolver.value(parameter.name, input_name=asked, source=seat.entry, **common)
+            if group.is_base(seat):
+                continue
+            if found is None and parameter.required:
+                raise loaded.error(
+                    group.path,
+                    f"{outlined.name}: method {method.name!r} needs {parameter.name!r} for {seat.member.ref}",
+                    f"add `parameters: {{{parameter.name}: …}}` to the model",
+                )
+            row.append(parameter.default[0] if found is None else parameter.check(found, where))
+        values[parameter.keyword] = tuple(row)
+    return values
+
+
+def _check_count(loaded: LoadedRecipe, method: Method, group: Group) -> None:
+    if method.base == "required" and group.base is None:
+        raise loaded.error(group.path, f"method {method.name!r} needs a base model", "add `base_model:`")
+    least, most = method.sources
+    count = sum(not group.is_base(seat) for seat in group.seats)
+    if count < least or (most is not None and count > most):
+        wanted = str(least) if least == most else f"at least {least}" if most is None else f"{least} to {most}"
+        beside = " beside the base" if group.base is not None else ""
+        raise loaded.error(
+            group.path,
+            f"method {method.name!r} takes {wanted} model{'s' * (wanted != '1')}{beside}, and there are {count}",
+            "add or remove models, or choose another method",
+        )
+
+
+def _check_presence(loaded: LoadedRecipe, outlined: Outlined, owners: Sequence[Owner]) -> None:
+    missing = [str(seat.member.ref) for seat, name in outlined.found if name is None]
+    if not missing:
+        return
+    have = ", ".join(str(seat.member.ref) for seat, _ in owners)
+    families = sorted({seat.member.anatomy.family for seat, _ in outlined.found})
+    raise CheckpointError(
+        f"{loaded.locate(outlined.group.path)}: {outlined.name} is "
+        + (f"in {have} but " if have else "")
+        + f"not in {', '.join(missing)}"
+        + (f" (families: {', '.join(families)})" if len(families) > 1 else ""),
+        "merge models of one architecture; `yeam inspect MODEL` shows what each one holds",
+    )
+
+
+def _check_shapes(loaded: LoadedRecipe, outlined: Outlined, owners: Sequence[Owner], donor: Member) -> None:
+    """One shape and kind of number in all models; outside of the layers the donor's too, whose config the output takes."""
+    (first, name), *others = owners
+    own = donor.find(outlined.name, donor) if outlined.layer is None else None
+    info = first.member.info(name)
+    where = loaded.locate(outlined.group.path)
+    for member, stored in [*((seat.member, stored) for seat, stored in others), *([(donor, own)] if own else [])]:
+        other = member.info(stored)
+        if other.storage.is_float != info.storage.is_float:
+            raise CheckpointError(
+                f"{where}: {outlined.name} is {info.dtype} in {first.member.ref} and {other.dtype} in {member.ref}",
+                "merge models that are stored as floats, or quantised in one way",
+            )
+        if other.shape == info.shape:
+            continue
+        axis = outlined.meaning.vocab_axis
+        if axis is not None and _without(info.shape, axis) == _without(other.shape, axis):
+            raise CheckpointError(
+                f"{where}: the vocabularies differ: {outlined.name} is for {info.shape[axis]} tokens in {first.member.ref} "
+                f"and for {other.shape[axis]} in {member.ref}",
+                "merge models with the same tokenizer; merging vocabularies is not supported yet",
+            )
+        raise CheckpointError(
+            f"{where}: {outlined.name} has shape {list(info.shape)} in {first.member.ref} and {list(other.shape)} in "
+            f"{member.ref}",
+            "merge models of one architecture and size",
+        )
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]
+
+
+def _output_dtype(loaded: LoadedRecipe, natural: str) -> str:
+    """The recipe's `out_dtype`, its `dtype`, or that of the first model's tensor."""
+    chosen = loaded.recipe.out_dtype or loaded.recipe.dtype
+    return dtype_named(chosen).code if chosen else natural
+
+
+def _work_dtype(loaded: LoadedRecipe, method: Method, owners: Sequence[Owner]) -> str:
+    """float32, float64 where an input is; in exact arithmetic the recipe's `dtype`, or that of the first model's tensor."""
+    recipe = loaded.recipe
+    if recipe.math == "exact" and method.exact:
+        seat, name = owners[0]
+        code = dtype_named(recipe.dtype).code if recipe.dtype else seat.member.natural_dtype(name)
+        if DTYPES[code].itemsize < 2:
+            raise loaded.error(
+                ("math",), f"`math: exact` works in the dtype of the models, and {code} has no arithmetic", "set `dtype: bfloat16`"
+            )
+        return code
+    return "F64" if any(seat.member.info(name).dtype == "F64" for seat, name in owners) else "F32"
+

@@ -1,0 +1,104 @@
+"""The plugins of a recipe rewrite its plan; whatever they return is checked and completed before the engine sees it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from yeam.checkpoint.dtypes import DTYPES
+from yeam.errors import ConfigError, UserError, YeamError
+from yeam.methods import Method, method_named
+from yeam.planning.jobs import Job, Plan
+from yeam.planning.members import Members
+from yeam.plugins import apply_plugin
+from yeam.recipe import LoadedRecipe
+
+
+def rewritten(plan: Plan, loaded: LoadedRecipe, members: Members) -> Plan:
+    """The plan after the recipe's plugins, in order. Raises ConfigError for an unknown plugin or option, and what `checked` raises."""
+    for number, use in enumerate(loaded.recipe.plugins):
+        where = loaded.locate(("plugins", number))
+        plan = checked(apply_plugin(plan, use.name, use.options, where), members, f"{where}: plugin {use.name!r}: ")
+    return replace(plan, plugins=tuple(use.name for use in loaded.recipe.plugins))
+
+
+def checked(plan: Plan, members: Members, blame: str = "") -> Plan:
+    """The plan with the parameters and the memory need of every job filled in.
+
+    A job that a plugin has made may leave parameters to their defaults. Raises YeamError, beginning with `blame`, for jobs that cannot be
+    carried out: a tensor written twice, inputs that do not exist or have another shape, parameters that the method lacks.
+    """
+    seen: set[str] = set()
+    jobs = []
+    for job in plan.jobs:
+        if job.name in seen:
+            raise YeamError(f"{blame}{job.name} would be written twice")
+        seen.add(job.name)
+        try:
+            _check_inputs(job, members)
+            jobs.append(_completed(job))
+        except UserError as error:
+            raise YeamError(f"{blame}{job.name}: {error.message}", error.remedy) from error
+    return replace(plan, jobs=tuple(jobs))
+
+
+def _check_inputs(job: Job, members: Members) -> None:
+    for code in (job.dtype, job.work):
+        if code not in DTYPES:
+            raise UserError(f"{code!r} is no dtype", f"use one of {', '.join(DTYPES)}")
+    for source in job.inputs:
+        if not 0 <= source.model < len(members):
+            raise UserError(f"there is no model {source.model}", f"the plan's models are 0 to {len(members) - 1}")
+        member = members[source.model]
+        info = member.checkpoint.tensors.get(source.tensor)
+        if info is None:
+            raise UserError(f"{member.ref} has no tensor {source.tensor!r}")
+        if info.shape != tuple(job.shape):
+            raise UserError(f"{source.tensor} of {member.ref} is {list(info.shape)}, not {list(job.shape)}")
+        if job.method == "copy" and info.dtype != job.dtype:
+            raise UserError(f"a copy of {info.dtype} cannot be {job.dtype}", "use the method `passthrough`")
+
+
+def _completed(job: Job) -> Job:
+    if job.method == "copy":
+        if len(job.inputs) != 1:
+            raise UserError(f"`copy` takes one model, not {len(job.inputs)}")
+        return job
+    method = method_named(job.method)
+    least, most = method.sources
+    if len(job.sources) < least or (most is not None and len(job.sources) > most):
+        raise UserError(f"method {method.name!r} does not take {len(job.sources)} models")
+    if (job.base is None and method.base == "required") or (job.base is not None and method.base == "unused"):
+        raise UserError(f"method {method.name!r} {'needs a' if job.base is None else 'takes no'} base")
+    values = _values(method, job.parameters, len(job.sources))
+    resident = method.resident(job.shape, len(job.sources), values) * max(1, DTYPES[job.work].itemsize // 4)
+    return replace(job, parameters=values, resident=resident)
+
+
+def _values(method: Method, given: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Every parameter by keyword, checked."""
+    keywords = {parameter.keyword: parameter for parameter in method.parameters.values()}
+    if unknown := [name for name in given if name not in keywords]:
+        raise ConfigError(
+            f"method {method.name!r} has no parameter {unknown[0]!r}", f"its parameters are: {', '.join(keywords) or 'none'}"
+        )
+    values: dict[str, Any] = {}
+    for keyword, parameter in keywords.items():
+        where = f"method {method.name!r}"
+        if keyword not in given:
+            if parameter.required:
+                raise ConfigError(f"{where} needs {parameter.name!r}")
+            values[keyword] = tuple(parameter.default) * count if parameter.per_source else parameter.default
+        elif not parameter.per_source:
+            values[keyword] = parameter.check(given[keyword], where)
+        elif isinstance(given[keyword], str) or len(given[keyword]) != count:
+            raise ConfigError(f"{where}: {parameter.name!r} needs one value for each of the {count} models")
+        else:
+            values[keyword] = tuple(parameter.check(value, where) for value in given[keyword])
+    try:
+        json.dumps(values)
+    except (TypeError, ValueError) as error:
+        raise YeamError(f"method {method.name!r}: its parameters cannot be written into a plan: {error}") from None
+    return values
