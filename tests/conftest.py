@@ -163,8 +163,9 @@ def refused(tmp_path: Path) -> Callable[..., str]:
         assert result.exit_code == status, (result.stderr, result.exception)
         said = json.loads(result.stdout)
         assert said.keys() == {"error", "remedy", "status"} and said["status"] == status
-        assert result.stderr == f"error: {said['error']}\n  {said['remedy']}\n"
-        assert said["remedy"] and "Traceback" not in result.stderr
+        remedy = f"  {said['remedy']}\n" if said["remedy"] else ""
+        assert result.stderr == f"error: {said['error']}\n{remedy}" and "Traceback" not in result.stderr
+        assert remedy or "did you mean" in said["error"] or "is not usable: " in said["error"]
         assert [text for text in texts if text not in result.stderr] == [], result.stderr
         assert snapshot(*inputs) == before
         return result.stderr

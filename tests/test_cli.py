@@ -63,7 +63,7 @@ def test_not_a_terminal(pair, yeam_process, tmp_path):
     assert done.stderr.endswith(" s\n") and "\x1b" not in done.stderr
 
 
-@pytest.mark.parametrize(("options", "shows"), [([], True), (["--quiet"], False), (["--json"], False)])
+@pytest.mark.parametrize(("options", "shows"), [([], True), (["--quiet"], False)])
 def test_terminal(options, shows, pair, tmp_path):
     """On a terminal there is a bar, unless it is not wanted."""
     ours, theirs = pty.openpty()
@@ -87,9 +87,10 @@ def test_terminal(options, shows, pair, tmp_path):
     os.close(ours)
     assert done.returncode == 0
     text = screen.decode()
-    assert ("merging" in text and "21/21 tensors" in text and "bytes/s" in text.replace("kB/s", "bytes/s")) == shows
+    print(text)
+    assert ("merging" in text and "21/21 tensors" in text and "B/s" in text) == shows
     assert bool(text) == shows
-    assert bool(done.stdout) == (options == ["--json"])
+    assert done.stdout == b""
 
 
 def test_quiet(pair, tmp_path):
@@ -119,9 +120,9 @@ def test_json(pair, tmp_path):
     assert planned["hash"] == yeam.plan(pair).hash() and len(planned["jobs"]) == 21
     assert planned["read_bytes"] == 2 * sum(job.nbytes for job in yeam.plan(pair).jobs)
     report = only("merge", pair, out)
-    assert report == json.loads((out / "yeam_report.json").read_text())
-    assert report["totals"]["tensors"] == 21 and report["out"] == str(out)
-    assert len(only("inspect", out)["tensors"]) == 21
+    assert report == {**json.loads((out / "yeam_report.json").read_text()), "out": str(out)}
+    assert report["totals"]["tensors"] == 21
+    assert only("inspect", out)["tensors"] == 21
     assert {"linear", "passthrough", "yeam"} <= only("methods").keys()
     assert "llama" in only("families")
 
@@ -159,13 +160,13 @@ def test_usage(words):
     assert "Usage: " in stderr and "Traceback" not in stderr
 
 
-def test_nobody_reads(pair):
+def test_nobody_reads():
     """`yeam … | head`: no complaint when the reader has left."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as closed:
         done = subprocess.run(
-            command("plan", pair, "--json"),
+            command("methods", "--json"),
             env=environment(),
             stdout=closed,
             stderr=subprocess.PIPE,

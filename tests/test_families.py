@@ -737,7 +737,7 @@ def test_what_cannot_be_kept_true_is_said() -> None:
     anatomy = describe({"model_type": "modernbert", "num_hidden_layers": 3}, uneven)
     config = {"model_type": "modernbert", "num_hidden_layers": 3}
     assert any(
-        "layer 1 is made of layer 0" in n for n in config_updates(config, anatomy, {"model.layers": [0, 0]}).notes
+        "layer 1 is made of layer 0 " in n for n in config_updates(config, anatomy, {"model.layers": [0, 0]}).notes
     )
     assert not config_updates(config, anatomy, {"model.layers": [0, 2, 1, 2]}).notes
     bare = describe({}, {f"model.layers.{i}.self_attn.q_proj.weight": (4, 4) for i in range(2)})

@@ -80,14 +80,15 @@ def parse_header(raw: bytes, file_length: int, where: str) -> Header:
     data_begin = PREFIX_BYTES + len(raw)
     entries = [_entry(name, record, data_begin, where) for name, record in table.items()]
     entries.sort(key=lambda entry: (entry[1], entry[2]))
-    position = data_begin
-    for info, begin, end in entries:
+    for info, _, end in entries:
         if end > file_length:
             raise CheckpointError(
                 f"{where}: tensor {info.name!r} ends at byte {end} but the file has only {file_length}: truncated, or "
                 "its offsets are out of range",
                 _DAMAGED,
             )
+    position = data_begin
+    for info, begin, end in entries:
         if begin < position:
             raise CheckpointError(f"{where}: tensor {info.name!r} overlaps the data of another tensor", _DAMAGED)
         if begin > position:

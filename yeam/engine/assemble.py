@@ -38,7 +38,9 @@ def assemble(plan: Plan, loaded: LoadedRecipe, checkpoints: Sequence[Checkpoint]
         output.add_file(TEMPLATE_FILES[0], plan.chat_template)
     output.add_file("README.md", model_card(plan, loaded, report.out.name))
     output.add_file("yeam_config.yaml", loaded.text)
-    output.add_file("yeam_report.json", json.dumps(report.to_dict(), indent=1) + "\n")
+    # the folder's place on the author's machine is nobody else's business
+    published = {**report.to_dict(), "out": report.out.name}
+    output.add_file("yeam_report.json", json.dumps(published, indent=1) + "\n")
 
 
 def _read(path: Path) -> bytes:

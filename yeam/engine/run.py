@@ -191,6 +191,8 @@ class _Crew:
             self._results.put(error)
 
     def _carry_out(self, job: Job, lane: Lane, sink: _Sink) -> None:
+        for source in job.inputs:  # a Hub model's shard arrives now, before tiles are cut by where its bytes lie
+            self._checkpoints[source.model].prepare(source.tensor)
         inputs = JobInputs(job, self._checkpoints, lane)
         sink.begin(job, lambda start, stop: self._blame(job, start, stop))
         if job.method == "copy":
@@ -208,19 +210,20 @@ class _Crew:
         self._output.done(job, checksum, facts)
 
     def _blame(self, job: Job, start: int, stop: int) -> YeamError:
-        """Which input put a NaN or Inf into these elements of the output."""
-        last = job.shape[-1] if job.shape else 1
-        begin = start // last * last
-        end = min(job.numel, math.ceil(stop / last) * last)
-        for source in job.inputs:
-            checkpoint = self._checkpoints[source.model]
-            values = checkpoint.read(source.tensor, begin, end).double()
-            if not bool(values.isfinite().all()):
-                first = begin + int((~values.isfinite()).nonzero()[0])
-                return CheckpointError(
-                    f"{checkpoint.reference}: {source.tensor} holds {float(values[first - begin])} at element {first}",
-                    "repair the model, or pass --allow-nan to merge it all the same",
-                )
+        """Which input put a NaN or Inf into these elements of the output: there, or anywhere for a method that sees all."""
+        row = job.shape[-1] if job.shape else 1
+        step = max(1, CPU_TILE // row) * row
+        nearby = (start // row * row, min(job.numel, math.ceil(stop / row) * row))
+        for begin, end in [nearby, *((at, min(at + step, job.numel)) for at in range(0, job.numel, step))]:
+            for source in job.inputs:
+                checkpoint = self._checkpoints[source.model]
+                values = checkpoint.read(source.tensor, begin, end).double()
+                if not bool(values.isfinite().all()):
+                    first = begin + int((~values.isfinite()).nonzero()[0])
+                    return CheckpointError(
+                        f"{checkpoint.reference}: {source.tensor} holds {float(values[first - begin])} at element {first}",
+                        "repair the model, or pass --allow-nan to merge it all the same",
+                    )
         return YeamError(
             f"{job.name}: method {job.method} made NaN or Inf out of finite inputs",
             "check this tensor's parameters (a weight may be extreme), or pass --allow-nan",
@@ -270,7 +273,7 @@ class _Sink:
 
         def write(digest: Any = self._digest) -> None:
             wait()
-            data = memoryview(buffer.numpy())
+            data = buffer.numpy().data
             digest.update(data)
             self._output.write(job, at * self._dtype.itemsize, data)
 
@@ -285,7 +288,7 @@ class _Sink:
             return
         if not math.isfinite(square) and not bool(flat_T.isfinite().all()):
             raise self._blame(at, at + tile_T.numel())
-        if not square < self._largest**2 and float(flat_T.abs().max()) > self._largest:
+        if not square < self._largest * self._largest and float(flat_T.abs().max()) > self._largest:
             raise UserError(
                 f"{self._job.name}: a merged value of {float(flat_T.abs().max()):g} overflows {self._dtype}",
                 "choose an `out_dtype` with more range, such as bfloat16",

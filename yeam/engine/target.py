@@ -46,7 +46,7 @@ def check_output_apart(out: Path, inputs: Iterable[Path]) -> None:
             here = target.resolve()
             if here == there or here in there.parents:
                 raise OutputError(
-                    f"writing the output {out} would replace the input {folder}", "choose another output folder"
+                    f"writing {target} would replace the input {folder}", "choose another output folder"
                 )
 
 

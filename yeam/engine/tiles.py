@@ -21,7 +21,7 @@ from yeam.engine.stage import Stage, Wait
 from yeam.methods.inputs import Tile
 from yeam.planning.jobs import Input, Job
 
-ALIGN = 64  # tiles start at multiples of this, so that blocks of four never straddle two of them
+ALIGN = 64  # elements: a multiple of four, so that blocks of four never straddle two tiles
 AHEAD = 2  # tiles read before they are asked for
 
 
@@ -131,7 +131,7 @@ def tile_step(job: Job, checkpoints: Sequence[Checkpoint], tile_elements: int) -
     """Elements of a tile: `tile_elements`, or whole rows where an input is computed row by row (LoRA, scales)."""
     granule = ALIGN
     if len(job.shape) > 1 and any(checkpoints[i.model].extent(i.tensor) is None for i in job.inputs):
-        granule = math.lcm(job.shape[-1], ALIGN)
+        granule = math.lcm(job.shape[-1], 4)
     return max(1, tile_elements // granule) * granule
 
 

@@ -7,7 +7,6 @@ it had. What cannot be kept true in config.json is said in the notes, never pass
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,10 +70,10 @@ def config_updates(
             )
         if not indices:
             raise ConfigError(f"no layer is left in {prefix!r}", "keep at least one layer")
-        own = origins.get(prefix) if origins else None
+        own, before = (origins or {}).get(prefix), len(notes)
         _renumber(new, config, anatomy.stacks[prefix], list(indices), own or [config] * len(indices), notes)
-        if not own:
-            _misplaced(new, anatomy, prefix, list(indices), notes)
+        if own is None and len(notes) == before and (note := _misplaced(new, config, anatomy, prefix, list(indices))):
+            notes.append(note)
     return ConfigUpdate(new, tuple(notes))
 
 
@@ -124,30 +123,48 @@ def _renumber(
         )
 
 
-def _misplaced(new: Config, anatomy: Anatomy, prefix: str, indices: list[int], notes: list[str]) -> None:
-    """Say where a layer now holds other tensors than its number had, unless the config names the layers that do.
+def _misplaced(new: Config, old: Config, anatomy: Anatomy, prefix: str, indices: list[int]) -> str | None:
+    """A note where a layer now holds other tensors than the model class will look for at its number.
 
-    Some models build a layer by its number alone: ModernBERT has no attention norm in layer 0, RWKV one more norm.
+    Some classes build a layer by its number alone (ModernBERT has no attention norm in layer 0, RWKV has one more norm
+    there), which no config can say. Differences that per-layer lists explain are fine.
     """
     stack = anatomy.stacks[prefix]
-    scope = at(new, stack.config_paths[0][:-1]) if stack.config_paths else new
-    if any(isinstance(scope.get(key), list) and scope[key] for key in (*PER_LAYER, *LAYER_INDICES)):
-        return
-    if any(scope.get(key) for key in (*PERIODS, "first_k_dense_replace")):
-        return  # said there
+    where = stack.config_paths[0][:-1] if stack.config_paths else ()
+    before, after = at(old, where) or {}, at(new, where) or {}
+    if "decoder_sparse_step" in after or "first_k_dense_replace" in after:
+        return None  # taken care of
     contents: dict[int, set[str]] = {i: set() for i in range(stack.count)}
     for name, meaning in anatomy.tensors.items():
         if meaning.stack == prefix and meaning.layer is not None and meaning.expert is None:
             contents[meaning.layer].add(name.split(f"{prefix}.{meaning.layer}.", 1)[1])
-    usual = Counter(frozenset(names) for names in contents.values()).most_common(1)[0][0]
-    for number, index in enumerate(indices):
-        differing = contents[index] ^ contents.get(number, set(usual))
-        if differing:
-            notes.append(
-                f"{prefix}: layer {number} is made of layer {index}, and they differ in {min(differing)}; "
-                "a model class that builds layers by number will not take it"
+    like_first = [i for i in range(1, stack.count) if _kinds(before, i) == _kinds(before, 0)]
+    others = [i for i in like_first if contents[i] != contents[0]]  # then the first layer is special by its number
+    for place, index in enumerate(indices):
+        kind = _kinds(after, place)
+        if place < stack.count and kind == _kinds(before, place):
+            alike = [place]
+        else:
+            alike = [i for i in range(1, stack.count) if i != index and _kinds(before, i) == kind]
+        if others and (place == 0) != (index == 0):
+            alike = [0] if place == 0 else others
+        if alike and all(contents[i] != contents[index] for i in alike):
+            differing = min(contents[index] ^ contents[alike[0]])
+            return (
+                f"{prefix}: layer {place} is made of layer {index} and differs from what stood there in {differing}; "
+                "a model class that builds its layers by number will not take it"
             )
-            return
+    return None
+
+
+def _kinds(scope: Config, i: int) -> tuple[Any, ...]:
+    """What the lists of a config say of layer i."""
+    lists = [scope.get(key) for key in PER_LAYER]
+    named = [scope.get(key) for key in LAYER_INDICES]
+    return (
+        *(x[i] for x in lists if isinstance(x, list) and i < len(x)),
+        *(i in x for x in named if isinstance(x, list)),
+    )
 
 
 Picked = list[tuple[Config, int, int]]

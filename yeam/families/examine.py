@@ -51,7 +51,7 @@ def describe(config: Mapping[str, Any], names_to_shapes: Mapping[str, Shape]) ->
         tensors,
         stacks,
         {module: tuple(names) for module, names in by_module.items()},
-        tuple((*path, "vocab_size") for path, part in scopes(config) if integer(part, ("vocab_size",)) is not None),
+        tuple((*path, "vocab_size") for path, _ in _vocabularies(config)),
         (),
         None,
         family.traits(reader.config) if family else None,
@@ -126,10 +126,17 @@ def _pin_relative_positions(tensors: dict[str, Meaning], stacks: Mapping[str, St
             tensors[name] = replace(meaning, stack=None, layer=None, place="pre")
 
 
+def _vocabularies(config: Config) -> list[tuple[Path, int]]:
+    """Every config that states a vocab_size; a vision tower's (CLIP's has one) is not about tokens."""
+    found = [(path, integer(part, ("vocab_size",))) for path, part in scopes(config)]
+    tower = re.compile("vision|image|audio|speech")
+    return [(path, n) for path, n in found if n is not None and not (path and tower.search(path[-1]))]
+
+
 def _mark_vocabulary(config: Config, tensors: dict[str, Meaning], shapes: Mapping[str, Shape]) -> None:
     """Set `vocab_axis` where an embedding, a head or a head's bias has one entry per token."""
     rows = {shapes[n][0] for n, m in tensors.items() if m.site == "embedding" and m.role == m.site and shapes[n]}
-    sizes = {n for _, part in scopes(config) if (n := integer(part, ("vocab_size",))) is not None} | rows
+    sizes = {size for _, size in _vocabularies(config)} | rows
     for name, meaning in tensors.items():
         shape = shapes[name]
         if meaning.site == "embedding" and len(shape) == 2 and meaning.module not in ("vision_tower", "audio_tower"):

@@ -32,31 +32,35 @@ def aliases_of(name: str, anatomy: Anatomy) -> tuple[str, ...]:
     models that see (`language_model.model.*`, `model.language_model.*`), old LayerNorm names and renamed modules.
     They are candidates: only some exist anywhere.
     """
-    found = dict.fromkeys(_variants(name, anatomy))
+    meaning = anatomy.tensors.get(name)
+    tower = meaning is not None and meaning.module in ("vision_tower", "multi_modal_projector", "audio_tower")
+    variants = _tower_variants if tower else _variants
+    found = dict.fromkeys(variants(name, anatomy))
     for pattern, replacement in _SYNONYMS:
         for variant in tuple(found):
             if re.search(pattern, variant):
-                found.update(dict.fromkeys(_variants(re.sub(pattern, replacement, variant), anatomy)))
+                found.update(dict.fromkeys(variants(re.sub(pattern, replacement, variant), anatomy)))
     found.pop(name, None)
     return tuple(found)
 
 
+def _tower_variants(name: str, _: Anatomy) -> Iterable[str]:
+    """A vision or audio tensor with and without the `model.` that newer versions put before it."""
+    yield name
+    yield name.removeprefix("model.") if name.startswith("model.") else f"model.{name}"
+
+
 def _variants(name: str, anatomy: Anatomy) -> Iterable[str]:
-    """`name` under every prefix that its part of the model is saved with."""
+    """`name` under every prefix that a text model is saved with, alone or inside one that sees."""
     yield name
     family = FAMILIES.get(anatomy.family)
-    meaning = anatomy.tensors.get(name)
-    if meaning is not None and meaning.module in ("vision_tower", "multi_modal_projector", "audio_tower"):
-        yield name.removeprefix("model.") if name.startswith("model.") else f"model.{name}"
-        return
-    multimodal = "text_decoder" in anatomy.modules
     if family is not None:
         base, own = anatomy.base, f"{family.base}." if family.base else ""
         if _is_under(name, anatomy):
             rest = name[len(base) :]
             yield from (own + rest, rest)
-            yield from (prefix + rest for prefix in _TEXT_PREFIXES if multimodal)
-        elif multimodal:
+            yield from (prefix + rest for prefix in _TEXT_PREFIXES)
+        else:
             rest = name.removeprefix("model.").removeprefix("language_model.")
             yield from (rest, f"language_model.{rest}")
         return

@@ -190,6 +190,7 @@ _add(
     flags={"norm": "ln", "parallel": True, "rope": "interleaved", "tie": True},
     rule=t.cohere,
 )
+_LEARNED_POSITIONS = {"norm": "ln", "position": "learned", "rope": "none", "rotary": 0.0, "glu": False, "tie": True}
 _add(
     "gpt2",
     base="transformer",
@@ -213,7 +214,7 @@ _add(
     head={"lm_head": "head", "multiple_choice_head.summary": "classifier", **_CLASSIFIERS},
     layouts={"qkv": "T q|k|v", "cross.kv": "T k|v", **dict.fromkeys(("o", "up", "down", "cross.q", "cross.o"), "T")},
     depth={"h": LAYERS[1::-1]},  # n_layer first: transformers reads the other name as an alias of it
-    flags={"norm": "ln", "position": "learned", "rope": "none", "rotary": 0.0, "glu": False, "tie": True},
+    flags=_LEARNED_POSITIONS,
     rule=t.scalars(("attention", t.gpt2_attention)),
 )
 _add(
@@ -270,22 +271,21 @@ _BERT_EMBEDDINGS = {
     "embeddings.position_ids": "buffer",
     "embeddings.token_type_ids": "buffer",
 }
+_BERT_LAYER = {
+    **{f"attention.self.{x}": x[0] for x in ("query", "key", "value")},
+    "attention.output.dense": "o",
+    "attention.output.LayerNorm": "attn_post_norm",
+    **{f"crossattention.self.{x}": f"cross.{x[0]}" for x in ("query", "key", "value")},
+    "crossattention.output.dense": "cross.o",
+    "crossattention.output.LayerNorm": "cross.attn_post_norm",
+    "intermediate.dense": "up",
+    "output.dense": "down",
+    "output.LayerNorm": "mlp_post_norm",
+}
 _add(
     "bert",
     base="bert",
-    stacks={
-        "encoder.layer": {
-            **{f"{a}.self.{x}": f"{s}{x[0]}" for a, s in (("attention", ""), ("crossattention", "cross."))
-               for x in ("query", "key", "value")},
-            "attention.output.dense": "o",
-            "attention.output.LayerNorm": "attn_post_norm",
-            "crossattention.output.dense": "cross.o",
-            "crossattention.output.LayerNorm": "cross.attn_post_norm",
-            "intermediate.dense": "up",
-            "output.dense": "down",
-            "output.LayerNorm": "mlp_post_norm",
-        }
-    },
+    stacks={"encoder.layer": _BERT_LAYER},
     pre=_BERT_EMBEDDINGS,
     post={"pooler.dense": "pooler"},
     head={
@@ -298,9 +298,8 @@ _add(
     },
     depth={"encoder.layer": LAYERS},
     ties=(("cls.predictions.decoder.weight", "embedding"), ("cls.predictions.decoder.bias", "cls.predictions.bias")),
-    flags={"norm": "ln", "placement": "post_add", "position": "learned", "rope": "none", "rotary": 0.0, "glu": False,
-           "tie": True},
-)  # fmt: skip
+    flags={**_LEARNED_POSITIONS, "placement": "post_add"},
+)
 _add(
     "roberta",
     "bert",

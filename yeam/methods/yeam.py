@@ -43,11 +43,12 @@ def panels(shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
 
 
 def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
-    frames = values["frames"]
+    frames: Frames = values["frames"]
     if K == 1:
         return 0
     if frames == "none" or not panels(shape):
-        return 4 * math.prod(shape) if 4 * math.prod(shape) <= HELD_BYTES else 0
+        nbytes = 4 * math.prod(shape)
+        return nbytes if nbytes <= HELD_BYTES else 0
     _, rows, columns = max(panels(shape), key=lambda panel: panel[1])
     if frames == "spectral":
         return 4 * (rows * columns + 4 * min(rows, columns) ** 2)
@@ -111,6 +112,9 @@ def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength:
         point_T = ray_point(delta_KT, softness, out=None if held_T is None else held_T[tile.start : tile.stop])
         moments.add(delta_KT, tile.base_T, point_T)
         along_K += (delta_KT @ point_T).double().cpu()
+    if not math.isfinite(moments.point_square):
+        yield from _mean(inputs, 0, size, weight, strength)
+        return
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
     unit = moments.mean_norm / moments.point_square**0.5 if moments.point_square > 0 else 0.0
     if len(inputs.shape) == 2 and min(inputs.shape) >= LEAST_SIDE:
@@ -163,6 +167,9 @@ def _matrix(
         delta_KT = _deltas(tile, weight)
         point_T = ray_point(delta_KT, softness, out=flat_T[tile.start - start : tile.stop - start])
         moments.add(delta_KT, tile.base_T, point_T)
+    if not math.isfinite(moments.point_square):
+        yield from _mean(inputs, start, stop, weight, strength)
+        return
     if moments.point_square == 0:
         _record(inputs, moments, 0.0, 0.0)
         yield from _base(inputs, start, stop)
@@ -184,6 +191,13 @@ def _matrix(
     for tile in inputs.tiles(start, stop, base_only=True):
         assert tile.base_T is not None
         yield tile.base_T.add_(flat_T[tile.start - start : tile.stop - start], alpha=strength * scale * unit)
+
+
+def _mean(inputs: Inputs, start: int, stop: int, weight: PerSource[float], strength: float) -> Iterator[Tensor]:
+    """NaN or Inf in a source (`allow_nan`) leave no lengths to go by: elements move by the mean update, each on its own."""
+    for tile in inputs.tiles(start, stop):
+        mean_T = _deltas(tile, weight).mean(dim=0).mul_(strength)
+        yield mean_T if tile.base_T is None else mean_T.add_(tile.base_T)
 
 
 def _base(inputs: Inputs, start: int, stop: int) -> Iterator[Tensor]:

@@ -108,21 +108,24 @@ class Plan:
 
     @property
     def total_parameters(self) -> int:
-        return sum(job.numel for job in self.jobs)
+        """Learned numbers: constants and integers are not counted."""
+        return sum(job.numel for job in self.jobs if DTYPES[job.dtype].is_float and job.role != "buffer")
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types."""
-        return asdict(self)
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
 
     def hash(self) -> str:
-        """32 hex digits that change when anything that decides the output's bytes changes.
+        """32 hex digits that change when anything that decides the tensors or the config of the output changes.
 
-        `allow_nan` does not: a run that stopped at a NaN continues with it.
+        Notes and labels do not decide them, nor does `allow_nan`: a run that stopped at a NaN continues with it.
         """
         from yeam._version import __version__
 
-        content = json.dumps([__version__, replace(self, allow_nan=False).to_dict()], sort_keys=True, default=str)
-        return hashlib.sha256(content.encode()).hexdigest()[:32]
+        models = tuple(replace(model, label="") for model in self.models)
+        content = asdict(replace(self, models=models, notes=(), allow_nan=False))
+        return hashlib.sha256(json.dumps([__version__, content], sort_keys=True).encode()).hexdigest()[:32]
 
 
 # safetensors writes tensors in this order of dtypes, each sorted by name: wide types first, so that all are aligned

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -49,17 +50,21 @@ def apply_plugin(plan: Plan, name: str, options: Mapping[str, Any], where: str) 
     if module:
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            raise ConfigError(f"{where}: plugin module {module!r} cannot be imported: {error}") from None
+        except Exception as error:
+            raise ConfigError(
+                f"{where}: plugin module {module!r} cannot be imported: {error}",
+                "install the package that brings it, or repair it; `--debug` shows the traceback",
+            ) from error
     if plain not in _PLUGINS:
         raise ConfigError(
             f"{where}: unknown plugin {plain!r}{suggest(plain, _PLUGINS)}",
             "install the package that brings it, or name it as `package.module:plugin`",
         )
     try:
-        result = _PLUGINS[plain](plan, **options)
+        inspect.signature(_PLUGINS[plain]).bind(plan, **options)
     except TypeError as error:
-        raise ConfigError(f"{where}: plugin {plain!r} does not take these options: {error}") from error
+        raise ConfigError(f"{where}: plugin {plain!r} does not take these options: {error}") from None
+    result = _PLUGINS[plain](plan, **options)
     if not isinstance(result, Plan):
         raise YeamError(f"plugin {plain!r} returned {type(result).__name__}, not a plan")
     return result

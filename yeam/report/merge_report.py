@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from yeam._version import __version__
-from yeam.planning.jobs import Plan
+from yeam.planning.jobs import Input, Plan
 
 _PACKAGES = ("torch", "safetensors", "transformers", "huggingface_hub", "numpy")
 
@@ -56,7 +56,8 @@ def build_report(
                 "role": job.role,
                 "layer": job.layer,
                 "method": job.method,
-                "sources": [f"{plan.models[source.model].label}: {source.tensor}" for source in job.inputs],
+                "sources": [_named(plan, source) for source in job.sources],
+                "base": _named(plan, job.base) if job.base is not None else None,
                 "file": plan.shards[job.shard].file,
                 "xxh3": entry["xxh3"],
                 **entry["facts"],
@@ -75,21 +76,23 @@ def build_report(
     )
 
 
+def _named(plan: Plan, source: Input) -> str:
+    return f"{plan.models[source.model].label}: {source.tensor}"
+
+
 def _totals(plan: Plan, tensors: list[dict[str, Any]]) -> dict[str, Any]:
-    parts = [part for t in tensors for part in t.get("parts", [t["update"]] if "update" in t else [])]
     totals: dict[str, Any] = {
         "tensors": len(tensors),
         "parameters": plan.total_parameters,
         "bytes": plan.total_bytes,
         "shards": len(plan.shards),
     }
-    weight = sum(sum(n * n for n in part["update_norms"]) for part in parts if "agreement" in part)
-    if weight > 0:
-        shared = sum(
-            part["agreement"] * sum(n * n for n in part["update_norms"]) for part in parts if "agreement" in part
-        )
+    noted = [part for tensor in tensors for part in tensor.get("parts", [tensor.get("update", {})])]
+    parts = [part for part in noted if {"update_norms", "agreement", "base_norm", "moved"} <= part.keys()]
+    squares = [sum(norm * norm for norm in part["update_norms"]) for part in parts]
+    if sum(squares) > 0:
+        totals["mean_agreement"] = sum(part["agreement"] * square for part, square in zip(parts, squares)) / sum(squares)
         base = sum(part["base_norm"] ** 2 for part in parts)
-        totals["mean_agreement"] = shared / weight
         totals["relative_change"] = (sum(part["moved"] ** 2 for part in parts) / base) ** 0.5 if base > 0 else None
     return totals
 
