@@ -30,7 +30,16 @@ import zlib
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
 
 import yeam
 
@@ -66,10 +75,14 @@ def make_base(folder: Path) -> None:
     source = gguf_folder()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     unpacked = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    fresh = AutoModelForCausalLM.from_config(unpacked.config)
-    fresh.load_state_dict(unpacked.state_dict())
-    fresh.generation_config.bos_token_id = tokenizer.bos_token_id
-    fresh.generation_config.eos_token_id = tokenizer.eos_token_id
+    config = LlamaConfig.from_dict({k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"})
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+        fresh = LlamaForCausalLM(config)
+    fresh.load_state_dict(unpacked.state_dict(), assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     save(fresh, tokenizer, folder)
 
 
@@ -151,6 +164,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="fine-tuning steps for each source")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()
 
     base = args.work / "base"
     if not finished(base):

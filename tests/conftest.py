@@ -135,7 +135,7 @@ def yeam_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[st
 
     def run(*words: object, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command(*words), cwd=tmp_path, env=environment(**more), capture_output=True, text=True, timeout=120
+            command(*words), cwd=tmp_path, env=environment(**more), capture_output=True, text=True, timeout=300
         )
 
     return run

@@ -2,6 +2,7 @@
 
 Legend: K sources, M rows, N columns, B blocks of four, w frame width.
 """
+
 import torch
 
 
@@ -23,7 +24,9 @@ def agreement(delta_K):
     K = delta_K.shape[0]
     if K == 1:
         return 1.0
-    A = delta_K.sum(0).norm() ** 2 / (K * delta_K.reshape(len(delta_K), -1).norm(dim=1).square().sum()).clamp(min=1e-300)
+    A = delta_K.sum(0).norm() ** 2 / (K * delta_K.reshape(len(delta_K), -1).norm(dim=1).square().sum()).clamp(
+        min=1e-300
+    )
     return float(((K * A - 1) / (K - 1)).clamp(0, 1))
 
 

@@ -49,7 +49,7 @@ def test_starting_is_cheap(words):
         f"loaded += [name for name in {HEAVY!r} if name in sys.modules]\n"
         "print('loaded', loaded, 'import', round(imported, 3), 'all', round(time.perf_counter() - start, 3))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=300)
     print(words, done.stdout.splitlines()[-1])
     assert done.stdout.splitlines()[-1].startswith("loaded [] ")
     assert ("Usage: " in done.stdout + done.stderr) == (words != ["--version"])
@@ -80,10 +80,10 @@ def test_terminal(options, shows, pair, tmp_path):
     watcher.start()
     done = subprocess.run(
         command("merge", pair, tmp_path / "out", *options), env=environment(TERM="xterm"), stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=theirs, timeout=60,
+        stdout=subprocess.PIPE, stderr=theirs, timeout=300,
     )  # fmt: skip
     os.close(theirs)
-    watcher.join(timeout=60)
+    watcher.join(timeout=300)
     os.close(ours)
     assert done.returncode == 0
     text = screen.decode()
@@ -171,7 +171,7 @@ def test_nobody_reads():
             stdout=closed,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
+            timeout=300,
         )
     assert done.returncode == 1 and done.stderr == ""
 

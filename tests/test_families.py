@@ -446,6 +446,35 @@ def test_ties_are_those_that_transformers_leaves_out(label: str) -> None:
     assert describe(written[False].config, written[True].shapes).is_tied is True
 
 
+OTHER_CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mt5": (T.MT5ForConditionalGeneration, T5),
+    "umt5": (T.UMT5ForConditionalGeneration, T5),
+    "t5 encoder": (T.T5EncoderModel, T5),
+    "t5 classifier": (T.T5ForSequenceClassification, T5),
+    "xlm-roberta": (T.XLMRobertaForMaskedLM, PLAIN),
+    "bert decoder": (T.BertLMHeadModel, {**PLAIN, "is_decoder": True, "add_cross_attention": True}),
+    "bert pre-training": (T.BertForPreTraining, PLAIN),
+    "roberta classifier": (T.RobertaForSequenceClassification, PLAIN),
+    "gpt2 cross-attention": (T.GPT2LMHeadModel, {**TABLED["gpt2"][3], "add_cross_attention": True}),
+    "gpt2 two heads": (T.GPT2DoubleHeadsModel, TABLED["gpt2"][3]),
+    "llama classifier": (T.LlamaForSequenceClassification, TEXT),
+    "llama answers": (T.LlamaForQuestionAnswering, TEXT),
+    "falcon tagger": (T.FalconForTokenClassification, FALCON),
+}
+
+
+@pytest.mark.parametrize("label", OTHER_CLASSES)
+def test_other_classes_of_tabled_families(label: str) -> None:
+    model_class, config = OTHER_CLASSES[label]
+    model = save(model_class(model_class.config_class(**copy.deepcopy(config))))
+    assert (
+        model.anatomy.family == re.split(r"[ -]", label.replace("xlm-", "").replace("um", "").replace("mt5", "t5"))[0]
+    )
+    assert all(m.role != "other" for m in model.anatomy.tensors.values()) and not model.anatomy.notes
+    assert set(model.anatomy.ties) == set(model.model.all_tied_weights_keys.items())
+    assert model.anatomy.is_tied is (True if model.model.get_output_embeddings() is not None else None)
+
+
 def test_ties_of_odd_files() -> None:
     t5 = saved("t5")
     assert dict(t5.anatomy.ties) == t5.model.all_tied_weights_keys
@@ -548,15 +577,19 @@ def test_views_split_and_join_bit_for_bit(case: tuple[View, tuple[int, ...]], dt
     parts = view.split(tensor)
     assert {name: tuple(part.shape) for name, part in parts.items()} == view.parts(shape)
     joined = view.join(parts)
-    assert joined.is_contiguous() and torch.equal(joined.view(torch.uint8).flatten(), raw)
+    assert joined.is_contiguous() and torch.equal(joined.view(torch.uint8).flatten(), raw)  # as a writer takes it
     # the intervals say the same for a reader that goes by rows, and cover the fused axis exactly once
     bare = len(shape) == (2 if view.experts else 1)
     rows = tensor.reshape(-1) if bare else tensor.t() if view.transposed else tensor.reshape(-1, shape[-1])
     for name, part in parts.items():
-        pieces = [rows[start:stop].reshape(-1) for start, stop in view.intervals(name)]
-        assert torch.equal(torch.cat(pieces).view(torch.uint8), part.reshape(-1).contiguous().view(torch.uint8))
+        pieces = torch.cat([rows[start:stop] for start, stop in view.intervals(name)])
+        assert torch.equal(as_bytes(pieces), as_bytes(part))
     runs = sorted(run for name in view.names for run in view.intervals(name))
     assert [start for start, _ in runs] == [0, *(stop for _, stop in runs[:-1])] and runs[-1][1] == len(rows)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def test_a_view_refuses_another_shape() -> None:

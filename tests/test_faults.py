@@ -75,26 +75,37 @@ def pair(llama, recipe) -> Path:
 # --- killed and interrupted ------------------------------------------------------------------------------------------
 
 SLOW = '''
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import yeam
 
+WAIT = Path("wait")
 calls = 0
+
+
+def interrupted(number, frame):
+    WAIT.unlink(missing_ok=True)
+    signal.default_int_handler(number, frame)
+
+
+signal.signal(signal.SIGINT, interrupted)
 
 
 @yeam.merge_method("slow_average", base="unused", needs=yeam.Whole)
 def slow_average(inputs):
-    """The average; after as many tensors as the file `slow` says it rests half a second in the middle of each."""
+    """The average; after as many tensors as the file `wait` says it waits amid one until the file is gone."""
     global calls
     calls += 1
+    stop = WAIT.exists() and calls > int(WAIT.read_text())
     for tile in inputs.tiles():
         mean_T = tile.sources_KT.mean(0)
         half = len(mean_T) // 2
         yield mean_T[:half]
-        if Path("slow").exists() and calls > int(Path("slow").read_text()):
-            time.sleep(0.5)
+        while stop and WAIT.exists():
+            time.sleep(0.05)
         yield mean_T[half:]
 
 
@@ -102,16 +113,17 @@ def slow_average(inputs):
 def slow(plan):
     return replace(plan, jobs=tuple(replace(job, method="slow_average", parameters={}) for job in plan.jobs))
 '''
+PATIENCE = 300  # seconds; the machine may be busy
 
 
 @pytest.fixture
 def slowly(tmp_path, llama, recipe) -> Callable[..., subprocess.Popen[str]]:
-    """Starts `yeam merge` of two models in a process that does `fast` tensors quickly and the others slowly."""
+    """Starts `yeam merge` in a process that does `fast` tensors and then waits to be killed or interrupted."""
     (tmp_path / "slow_merge.py").write_text(SLOW)
     path = recipe(llama("a"), llama("b", shards=2), plugins=["slow_merge:slow"], shard_size=8000)
 
     def start(out: Path, *options: str, fast: int = 1000) -> subprocess.Popen[str]:
-        (tmp_path / "slow").write_text(str(fast))
+        (tmp_path / "wait").write_text(str(fast))
         paths = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
         return subprocess.Popen(
             command("merge", path, out, *options), cwd=tmp_path, env=environment(PYTHONPATH=paths),
@@ -123,7 +135,7 @@ def slowly(tmp_path, llama, recipe) -> Callable[..., subprocess.Popen[str]]:
 
 def await_entries(process: subprocess.Popen[str], out: Path, count: int) -> None:
     """Wait until the journal holds `count` finished tensors."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while entries(out) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -132,10 +144,10 @@ def await_entries(process: subprocess.Popen[str], out: Path, count: int) -> None
 
 def test_killed_again_and_again(slowly, tmp_path):
     expected, out = tmp_path / "whole" / "merged", tmp_path / "killed" / "merged"
-    whole = slowly(expected)
     inputs = snapshot(tmp_path / "a", tmp_path / "b")
-    chance = random.Random()
-    print("random state", chance.getstate()[1][:2])
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    chance = random.Random(seed)
     finished = 0
     for _ in range(2):
         more = chance.randint(1, 5)
@@ -149,12 +161,11 @@ def test_killed_again_and_again(slowly, tmp_path):
         finished = entries(out)
     assert 2 <= finished < 21
 
-    last = slowly(out, "--json")
-    stdout, stderr = last.communicate(timeout=60)
+    whole, last = slowly(expected), slowly(out, "--json")
+    stdout, stderr = last.communicate(timeout=PATIENCE)
     assert last.returncode == 0, stderr
     assert finished <= json.loads(stdout)["resumed"] < 21
-    assert whole.wait(timeout=60) == 0, whole.communicate()
-    whole.communicate()
+    assert "21 tensors, " in whole.communicate(timeout=PATIENCE)[1]
     same_output(out, expected)
     assert len(list(out.glob("model-*.safetensors"))) > 2
     assert sorted(path.name for path in out.parent.iterdir()) == ["merged"]
@@ -170,7 +181,7 @@ def test_ctrl_c_and_a_second_process(slowly, recipe, refused, tmp_path):
         refused(["merge", other, out, *options], "another yeam process is writing", str(out))
     assert first.poll() is None
     first.send_signal(signal.SIGINT)
-    stdout, stderr = first.communicate(timeout=60)
+    stdout, stderr = first.communicate(timeout=PATIENCE)
     assert first.returncode == 130
     assert stderr == "error: interrupted\n  run the same command again to continue\n"
     assert json.loads(stdout)["status"] == 130
@@ -179,7 +190,7 @@ def test_ctrl_c_and_a_second_process(slowly, recipe, refused, tmp_path):
     assert 1 <= finished < 21
 
     again = slowly(out)
-    stdout, stderr = again.communicate(timeout=60)
+    stdout, stderr = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0 and stdout == ""
     assert f"21 tensors, {finished} of them kept" in stderr
     assert out.is_dir() and not (tmp_path / "out.partial").exists()
@@ -348,6 +359,11 @@ def test_out_is_an_input(llama, recipe, refused, tmp_path):
     refused(words, "would replace the input", inputs=[models])
     words = ["merge", recipe(a / WEIGHTS, b), a, "--overwrite"]
     refused(words, "would replace the input", inputs=[models])
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in b.iterdir():
+        (linked / file.name).symlink_to(file)
+    refused(["merge", recipe(linked), b, "--overwrite"], "would replace the input", inputs=[models])
     assert sorted(path.name for path in models.iterdir()) == ["a", "b", "c.partial", "config.json", "d.partial"]
 
 

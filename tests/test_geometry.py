@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
+from held_inputs import HeldInputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from yeam.geometry.frames import spread_, spread_spectral_
 from yeam.geometry.length import Moments, agreement
 from yeam.geometry.rays import ray_point
-from yeam.methods import Tile, method_named
+from yeam.methods import method_named
 
 SETTINGS = settings(max_examples=25, deadline=None)
 SOFTNESS = st.sampled_from([0.05, 1.0, 4.0, 50.0])
@@ -28,29 +29,6 @@ def updates(K: int, T: int, seed: int, dtype: torch.dtype = torch.float64) -> Te
     delta_KT = torch.randn(K, T, generator=generator, dtype=dtype) * torch.logspace(-2, 0, K, dtype=dtype)[:, None]
     empty = torch.rand(K, -(-T // 4), generator=generator) < 0.2
     return delta_KT.masked_fill_(empty.repeat_interleave(4, dim=1)[:, :T], 0.0)
-
-
-class HeldInputs:
-    """Inputs of one tensor that lie in memory, served in tiles of the given size."""
-
-    def __init__(self, sources_KT: Tensor, base: Tensor | None, shape: tuple[int, ...], tile: int = 1 << 18) -> None:
-        self.shape, self.K, self.has_base = shape, len(sources_KT), base is not None
-        self.device, self.dtype = sources_KT.device, sources_KT.dtype
-        self.facts: list[dict[str, object]] = []
-        self._sources_KT, self._base, self._tile = sources_KT.reshape(self.K, -1), base, tile
-
-    def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False):
-        stop = self._sources_KT.shape[1] if stop is None else stop
-        for begin in range(start, stop, self._tile):
-            end = min(begin + self._tile, stop)
-            base_T = self._base.flatten()[begin:end].clone() if self._base is not None else None
-            yield Tile(begin, end, self._sources_KT[: 0 if base_only else None, begin:end].clone(), base_T)
-
-    def hold(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype)
-
-    def record(self, **facts: object) -> None:
-        self.facts.append(facts)
 
 
 def merge(sources: Tensor, base: Tensor | None, tile: int = 1 << 18, **parameters) -> Tensor:
@@ -79,7 +57,9 @@ def test_a_single_ray_ends_at_its_tip(T: int, softness: float, seed: int) -> Non
 @given(K=st.integers(2, 4), softness=SOFTNESS, seed=SEED)
 @SETTINGS
 def test_orthogonal_rays_sum_exactly(K: int, softness: float, seed: int) -> None:
-    rotation_44, _ = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    rotation_44, _ = torch.linalg.qr(
+        torch.randn(4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    )
     delta_KT = rotation_44[:K] * torch.linspace(0.5, 2, K, dtype=torch.float64)[:, None]
     torch.testing.assert_close(ray_point(delta_KT, softness), delta_KT.sum(0))
 
@@ -121,7 +101,11 @@ def test_softness_must_be_positive() -> None:
 
 
 @given(
-    M=st.integers(8, 90), N=st.integers(8, 90), width=st.sampled_from([4, 16, 64]), alpha=st.sampled_from([0.3, 1.0]), seed=SEED
+    M=st.integers(8, 90),
+    N=st.integers(8, 90),
+    width=st.sampled_from([4, 16, 64]),
+    alpha=st.sampled_from([0.3, 1.0]),
+    seed=SEED,
 )
 @SETTINGS
 def test_frames_equal_the_reference(M: int, N: int, width: int, alpha: float, seed: int) -> None:
@@ -141,7 +125,9 @@ def test_spectral_frames_raise_singular_values_to_a_power(M: int, N: int, alpha:
     u, s, vh = torch.linalg.svd(x_MN, full_matrices=False)
     if float(s.min() / s.max()) < 2e-3:
         return  # below the floor the two definitions part on purpose
-    torch.testing.assert_close(spread_spectral_(x_MN.clone(), alpha=alpha), (u * s ** (1 - alpha)) @ vh, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        spread_spectral_(x_MN.clone(), alpha=alpha), (u * s ** (1 - alpha)) @ vh, rtol=1e-6, atol=1e-8
+    )
 
 
 def test_many_rounds_tend_to_a_flat_spectrum() -> None:
@@ -170,7 +156,9 @@ def test_agreement(K: int, copies: int, seed: int) -> None:
 @given(
     K=st.integers(1, 5),
     shape=st.sampled_from([(7,), (40,), (24, 36), (9, 70), (5, 64), (), (2, 3, 5)]),
-    parameters=st.sampled_from([{}, {"frames": 16}, {"frames": 4}, {"frames": "none"}, {"softness": 0.5, "lambda_": 0.7, "seed": 3}]),
+    parameters=st.sampled_from(
+        [{}, {"frames": 16}, {"frames": 4}, {"frames": "none"}, {"softness": 0.5, "lambda_": 0.7, "seed": 3}]
+    ),
     with_base=st.booleans(),
     tile=st.sampled_from([64, 1 << 18]),
     seed=SEED,

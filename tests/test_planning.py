@@ -53,7 +53,7 @@ def refuses(config: Any, *words: str, error: type[UserError] = ConfigError, **op
 
 
 def test_precedence_filters_and_gradients(tmp_path: Path, llama: Llama) -> None:
-    """The model's own value before the top level's; filters by name and role; gradients over layers, their first value outside."""
+    """The model's own value before the top level's; filters by name and role; gradients over layers."""
     a, b = llama("a", layers=3), llama("b", layers=3)
     plan = yeam.plan(
         yaml(
@@ -90,7 +90,7 @@ parameters:
 
 
 def test_precedence_of_slices_and_modules(tmp_path: Path, llama: Llama) -> None:
-    """source > slice > module > top; filters of a source see its own layer numbers; every slice has gradients of its own."""
+    """source > slice > module > top; filters of a source see its layer numbers; every slice has its own gradients."""
     a, b = llama("a", layers=3), llama("b", layers=3)
     plan = yeam.plan(
         yaml(
@@ -126,7 +126,11 @@ def test_base_models(tmp_path: Path, llama: Llama) -> None:
     """A listed base is no source, wherever it stands, and what it says has no effect; `linear` takes it for one."""
     base, a, b = llama("base"), llama("a"), llama("b")
     own = {"weight": [{"filter": "mlp", "value": 5}, {"value": 2}]}
-    listed = [{"model": str(a)}, {"model": str(base), "parameters": own}, {"model": str(b), "parameters": {"weight": 3}}]
+    listed = [
+        {"model": str(a)},
+        {"model": str(base), "parameters": own},
+        {"model": str(b), "parameters": {"weight": 3}},
+    ]
     for models in (listed, [listed[0], listed[2]]):
         plan = yeam.plan({"merge_method": "yeam", "base_model": str(base), "models": models})
         names = [model.label.rpartition("/")[2] for model in plan.models]
@@ -142,7 +146,7 @@ def test_base_models(tmp_path: Path, llama: Llama) -> None:
 
 
 def test_bases_of_slices(llama: Llama) -> None:
-    """A slice's base before the recipe's; a base among the sources gives its own layers; its other layers are a source."""
+    """A slice's base before the recipe's; a base among the sources gives its layers there, others are a source."""
     base, other, a = llama("base", layers=3), llama("other", layers=3), llama("a", layers=3)
 
     def source(model: Path, first: int) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def test_bases_of_slices(llama: Llama) -> None:
 
 
 def test_dtypes(llama: Llama) -> None:
-    """dtype is both; out_dtype is the file's; without them the first model's; exact arithmetic works in the storage dtype."""
+    """dtype is both; out_dtype is the file's; without them the first model's; exact works in the storage dtype."""
     a, b = llama("a", dtype=torch.bfloat16), llama("b", dtype=torch.float32)
     common = {"merge_method": "linear", "models": [{"model": str(a)}, {"model": str(b)}], "parameters": {"weight": 1}}
     expected = [
@@ -205,7 +209,9 @@ def test_wrong_parameters(tmp_path: Path, llama: Llama) -> None:
     refuses(config("parameters:\n  softness: -1", "yeam"), "recipe.yaml:6", "greater than 0")
     refuses(config("parameters:\n  frames: [16, 20]", "yeam"), "not usable", "256")
     refuses(config("parameters:\n  weight: [{filter: mlpx, value: 1}, {value: 2}]"), "'mlpx' matches no", "'mlp'")
-    refuses(config("parameters:\n  weight: [{filter: 'role:atention', value: 1}, {value: 2}]"), "unknown role", "attention")
+    refuses(
+        config("parameters:\n  weight: [{filter: 'role:atention', value: 1}, {value: 2}]"), "unknown role", "attention"
+    )
     refuses(config("parameters: {weight: 1}\nbase_model: $a\ndtype: float99"), "float99")
     refuses(config("", "passthrough"), "takes 1 model", "there are 2")
     refuses(config("", "slerpp"), "recipe.yaml:1", "unknown merge method")
@@ -213,7 +219,7 @@ def test_wrong_parameters(tmp_path: Path, llama: Llama) -> None:
     text = "merge_method: linear\nmodels:\n- model: $a\n  parameters:\n    normalize: false"
     refuses(yaml(tmp_path, text, a=a), "recipe.yaml:5", "not a per-model parameter")
     only = {"merge_method": "yeam", "base_model": str(a), "models": [{"model": str(a)}]}
-    refuses(only, "at least 1 model beside the base", "there are 0")
+    refuses(only, "1 or more models beside the base", "there are 0")
 
 
 # slices and modules
@@ -226,7 +232,9 @@ def sources(*pieces: tuple[Path, int, int]) -> dict[str, Any]:
 def test_frankenmerge_inputs(llama: Llama) -> None:
     """Layers are renumbered; what precedes them is the first slice's, what follows the last's."""
     a, b = llama("a", layers=3), llama("b", layers=4)
-    plan = yeam.plan({"merge_method": "passthrough", "slices": [sources((a, 0, 2)), sources((b, 1, 4)), sources((a, 2, 3))]})
+    plan = yeam.plan(
+        {"merge_method": "passthrough", "slices": [sources((a, 0, 2)), sources((b, 1, 4)), sources((a, 2, 3))]}
+    )
     made = jobs(plan)
     assert plan.config is not None and plan.config["num_hidden_layers"] == 6
     assert {job.layer for job in plan.jobs} == {None, *range(6)}
@@ -321,9 +329,20 @@ def test_modules(tmp_path: Path) -> None:
     short = {name: block for name, block in modules.items() if name != "vision_tower"}
     refuses({**recipe, "modules": short}, "vision_tower", "name every module")
     refuses({**recipe, "modules": {**short, "vision_towre": {"models": both}}}, "did you mean 'vision_tower'")
-    stacked = {"merge_method": "passthrough", "slices": [sources((a, 0, 1), )]}
+    stacked = {
+        "merge_method": "passthrough",
+        "slices": [
+            sources(
+                (a, 0, 1),
+            )
+        ],
+    }
     refuses(stacked, "one stack of layers", "language_model.model.layers", "modules:")
-    sliced = {"text_decoder": sliced_block(a), "vision_tower": {"models": both[:1]}, "multi_modal_projector": {"models": both[:1]}}
+    sliced = {
+        "text_decoder": sliced_block(a),
+        "vision_tower": {"models": both[:1]},
+        "multi_modal_projector": {"models": both[:1]},
+    }
     deeper = yeam.plan({"merge_method": "passthrough", "modules": sliced})
     assert deeper.config is not None and deeper.config["text_config"]["num_hidden_layers"] == 3
     assert deeper.config["vision_config"]["num_hidden_layers"] == 2
@@ -335,7 +354,7 @@ def sliced_block(model: Path) -> dict[str, Any]:
 
 
 def test_two_orders_of_prefixes(tmp_path: Path) -> None:
-    """A checkpoint with `model.language_model.` merges with one of `language_model.model.`, under the first one's names."""
+    """`model.language_model.` merges with `language_model.model.`, under the first model's names."""
     a, b = multimodal(tmp_path / "a", 1), multimodal(tmp_path / "b", 2)
     renamed = {
         name.replace("language_model.model.", "model.language_model.")
@@ -358,12 +377,23 @@ def test_tensors_that_do_not_fit(llama: Llama) -> None:
     norm, up = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 
     def pair(*models: Path, **keys: Any) -> dict[str, Any]:
-        return {"merge_method": "linear", "models": [{"model": str(m)} for m in models], "parameters": {"weight": 1}, **keys}
+        return {
+            "merge_method": "linear",
+            "models": [{"model": str(m)} for m in models],
+            "parameters": {"weight": 1},
+            **keys,
+        }
 
     refuses(pair(a, llama("less", change={norm: None})), norm, "less", error=CheckpointError)
     refuses(pair(a, llama("more", change={"extra.weight": torch.ones(2)})), "extra.weight", error=CheckpointError)
     refuses(pair(a, llama("wide", change={up: torch.ones(40, 16)})), "[32, 16]", "[40, 16]", error=CheckpointError)
     refuses(pair(a, llama("int", change={up: torch.ones(32, 16).int()})), "F32", "I32", error=CheckpointError)
+    bert = save_model(
+        a.parent / "bert", {"encoder.layer.0.output.dense.weight": torch.ones(2, 2)}, {"model_type": "bert"}
+    )
+    refuses(pair(a, bert), "(bert) has no layers like model.layers", "one architecture", error=CheckpointError)
+    mistral = llama("mistral", config={"model_type": "mistral"})
+    assert any("mistral is a mistral" in note for note in yeam.plan(pair(a, mistral)).notes)
     vocab = llama("vocab", vocab=34)
     refuses(pair(a, vocab), "vocabularies differ", "32 tokens", "34", error=CheckpointError)
     # the config of a base that is no source has to fit, too
@@ -376,7 +406,12 @@ def test_ties(tmp_path: Path, llama: Llama) -> None:
 
     def plan(*models: Path, **keys: Any) -> Plan:
         return yeam.plan(
-            {"merge_method": "linear", "models": [{"model": str(m)} for m in models], "parameters": {"weight": 1}, **keys}
+            {
+                "merge_method": "linear",
+                "models": [{"model": str(m)} for m in models],
+                "parameters": {"weight": 1},
+                **keys,
+            }
         )
 
     both = plan(tied, too)
@@ -397,7 +432,7 @@ def test_ties(tmp_path: Path, llama: Llama) -> None:
 
 
 def test_shared_storage(tmp_path: Path) -> None:
-    """A pickled model whose head shares the embedding's storage: one tensor, two where config.json says that they are not tied."""
+    """A head that shares the embedding's storage: one tensor; two where config.json says that they are not tied."""
     weights = llama_tensors(tied=True)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     for tied in (True, False):
@@ -417,7 +452,9 @@ def test_constants_and_integers(llama: Llama) -> None:
     plain, other = llama("plain", change=table), llama("other", change={**table, **frequencies})
 
     def plan(*models: Path) -> Plan:
-        return yeam.plan({"merge_method": "linear", "models": [{"model": str(m)} for m in models], "parameters": {"weight": 1}})
+        return yeam.plan(
+            {"merge_method": "linear", "models": [{"model": str(m)} for m in models], "parameters": {"weight": 1}}
+        )
 
     without, with_them = plan(plain, other), plan(other, plain)
     assert not set(frequencies) & set(jobs(without)) and any("left out, a constant" in note for note in without.notes)
@@ -436,8 +473,9 @@ def ordered(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
 def test_files_are_those_of_save_pretrained(tmp_path: Path, llama: Llama) -> None:
     """Shard by shard and byte by byte what huggingface_hub writes for the same tensors in the same order."""
     odd = {
-        "z.scalar": torch.tensor(3.0, dtype=torch.float64), "z.int": torch.arange(5, dtype=torch.int16), "z.é\n": torch.ones(3),
-        "z.bool": torch.tensor([True, False, True]), "z.fp8": torch.ones(7).to(torch.float8_e4m3fn), "z.none": torch.zeros(0, 4),
+        "z.scalar": torch.tensor(3.0, dtype=torch.float64), "z.int": torch.arange(5, dtype=torch.int16),
+        "z.é\n": torch.ones(3), "z.bool": torch.tensor([True, False, True]), "z.none": torch.zeros(0, 4),
+        "z.fp8": torch.ones(7).to(torch.float8_e4m3fn),
     }  # fmt: skip
     a = llama("a", dtype=torch.bfloat16, change=odd)
     weights = load_file(a / "model.safetensors")
@@ -476,7 +514,14 @@ def test_plain_json_and_costs(llama: Llama) -> None:
         begin, end = header[job["name"]]["data_offsets"]
         assert end - begin == job["end"] - job["begin"] == made.nbytes
         assert (header[job["name"]]["dtype"], header[job["name"]]["shape"]) == (job["dtype"], job["shape"])
-        assert job["parameters"] == {"frames": 64, "lambda_": 1, "rounds": None, "seed": 0, "softness": 4, "weight": [1]}
+        assert job["parameters"] == {
+            "frames": 64,
+            "lambda_": 1,
+            "rounds": None,
+            "seed": 0,
+            "softness": 4,
+            "weight": [1],
+        }
     assert sum(shard["nbytes"] - len(shard["header"].encode()) - 8 for shard in plain["shards"]) == plan.total_bytes
     assert costs["read_bytes"] == 2 * plan.total_bytes == sum(costs["read_by_role"].values())
     assert plan.total_bytes < costs["peak_memory"] < 4 << 30
@@ -497,14 +542,19 @@ def test_every_process_makes_the_same_plan(tmp_path: Path, llama: Llama) -> None
     lines = set()
     for seed in ("0", "1", "7"):
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(path)], env=environment(PYTHONHASHSEED=seed), capture_output=True, text=True,
-            cwd=tmp_path,
+            [sys.executable, "-c", SCRIPT, str(path)], env=environment(PYTHONHASHSEED=seed), capture_output=True,
+            text=True, cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         lines.add(done.stdout)
     assert len(lines) == 1
     hashes = {yeam.plan(recipe).hash()}
-    for change in ({"dtype": "float16"}, {"parameters": {"weight": 2}}, {"chat_template": "chatml"}, {"models": recipe["models"][::-1]}):
+    for change in (
+        {"dtype": "float16"},
+        {"parameters": {"weight": 2}},
+        {"chat_template": "chatml"},
+        {"models": recipe["models"][::-1]},
+    ):
         hashes.add(yeam.plan({**recipe, **change}).hash())
     assert len(hashes) == 5
     before = yeam.plan(recipe).hash()

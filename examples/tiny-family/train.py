@@ -47,8 +47,8 @@ LENGTH = 128  # tokens in a training or held-out sequence
 HELDOUT = 96  # held-out sequences a domain
 BATCH = 16
 END = "<|endoftext|>"
-BASE_STEPS, BASE_RATE = 3000, 3e-3
-EXPERT_STEPS, EXPERT_RATE = 300, 5e-4
+BASE_STEPS, BASE_RATE = 1000, 3e-3
+EXPERT_STEPS, EXPERT_RATE = 400, 1e-4
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}  # not the library, or tests
 SKIP |= {"encodings", "pydoc_data", "ensurepip"}  # tables, and a bundled wheel
 MONOTONOUS = ("CJK ", "HANGUL SYLLABLE", "TANGUT IDEOGRAPH", "NUSHU")  # names that only count upwards
@@ -193,7 +193,7 @@ def train(
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
-    warmup = min(100, steps // 10)
+    warmup = max(1, min(100, steps // 10))
     model.train()
     start = time.perf_counter()
     for step in range(steps):

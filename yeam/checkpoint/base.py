@@ -64,7 +64,7 @@ class Checkpoint(ABC):
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Every local folder that the model is read from: its own, and an adapter's."""
+        """Every local folder that the model is read from: its own, those that its files link to, and an adapter's."""
         return (self.folder,)
 
     @abstractmethod

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yeam.checkpoint.base import Checkpoint, Extent, TensorInfo, claim
@@ -95,6 +96,10 @@ class DequantizedCheckpoint(Checkpoint):
         plain = [name for name, info in self.tensors.items() if info.dtype in _FLOAT8]
         if plain:
             self.notes.append(f"float8 tensors without a scale are taken as they are: {listed(plain)}")
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return self._base.folders
 
     def fingerprint(self) -> str:
         return self._base.fingerprint()

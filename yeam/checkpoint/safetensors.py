@@ -76,6 +76,11 @@ class SafetensorsCheckpoint(Checkpoint):
         """Several files of one folder without an index: the union of what they hold."""
         return cls(reference, paths[0].parent, {path.name: read_header(path) for path in sorted(paths)}, notes=notes)
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        linked = ((self.folder / shard).resolve().parent for shard in self._headers)
+        return tuple(dict.fromkeys((self.folder, *linked)))
+
     def fingerprint(self) -> str:
         config = self.folder / "config.json"
         files = [self.folder / shard for shard in self._headers] + ([config] if config.exists() else [])

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 def main() -> None:
     """Entry point of the `yeam` script."""
-    from yeam.cli.app import app
+    try:
+        from yeam.cli.app import app
 
-    app()
+        app()
+    except KeyboardInterrupt:  # before a command could take it
+        raise SystemExit(130) from None

@@ -43,7 +43,8 @@ def handled(debug: bool, as_json: bool = False) -> Iterator[None]:
         if debug:
             traceback.print_exc()
     except Exception as error:
-        message, remedy, status = f"{type(error).__name__}: {error}", "report it, with the traceback that --debug shows", 1
+        message = f"{type(error).__name__}: {error}"
+        remedy, status = "report it, with the traceback that --debug shows", 1
         if debug:
             traceback.print_exc()
     else:

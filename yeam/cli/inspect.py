@@ -10,7 +10,7 @@ from yeam.cli.common import Debug, Json, Quiet, handled, print_json
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A folder or file, or a Hub id, each with +lora or @revision if need be.")],
+    model: Annotated[str, typer.Argument(help="A folder, a file or a Hub id, with +lora or @revision if need be.")],
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -43,16 +43,18 @@ def plan(
         from yeam.planning.planner import summary
 
         table = Table(title=f"{planned.method}, {len(planned.models)} models, yeam {yeam.__version__}")
-        for heading, side in (("role", "left"), ("method", "left"), ("tensors", "right"), ("read", "right"), ("write", "right")):
-            table.add_column(heading, justify=side)  # type: ignore[arg-type]
+        table.add_column("role")
+        table.add_column("method")
+        for heading in ("tensors", "read", "write"):
+            table.add_column(heading, justify="right")
         for (role, method), (count, nbytes) in summary(planned).items():
             table.add_row(role, method, f"{count:,}", human(costs["read_by_role"][role, method]), human(nbytes))
         console = Console()
         console.print(table)
         files = f"{len(planned.shards)} file{'s' if len(planned.shards) > 1 else ''}"
         console.print(
-            f"{len(planned.jobs):,} tensors, {planned.total_parameters:,} parameters; reads {human(costs['read_bytes'])}, "
-            f"writes {human(planned.total_bytes)} in {files}; peak memory about {human(costs['peak_memory'])}",
+            f"{len(planned.jobs):,} tensors, {planned.total_parameters:,} parameters; "
+            f"reads {human(costs['read_bytes'])}, writes {human(planned.total_bytes)} in {files}; peak memory about {human(costs['peak_memory'])}",
             highlight=False,
         )
         for note in planned.notes:

@@ -19,7 +19,9 @@ from yeam.vocabulary.files import OTHER_FILES, code_files, tokenizer_files
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
-def assemble(plan: Plan, loaded: LoadedRecipe, checkpoints: Sequence[Checkpoint], output: Output, report: MergeReport) -> None:
+def assemble(
+    plan: Plan, loaded: LoadedRecipe, checkpoints: Sequence[Checkpoint], output: Output, report: MergeReport
+) -> None:
     """Write everything but the tensors into the output. Raises CheckpointError where a donor's file cannot be read."""
     if len(plan.shards) > 1:
         output.add_file("model.safetensors.index.json", index_json(plan))

@@ -14,9 +14,9 @@ Entry = dict[str, Any]
 class Journal:
     """An append-only file of JSON lines that survives being cut off anywhere.
 
-    `plan` is the plan's hash from the first line, None for a new or empty journal; `entries` are the whole lines after it that
-    the file held when it was opened. A torn line, and whatever follows it, is not counted and is cut off before the first
-    append. Raises OSError.
+    `plan` is the plan's hash from the first line, None for a new or empty journal; `entries` are the whole lines after
+    it that the file held when it was opened. A torn line, and whatever follows it, is not counted and is cut off before
+    the first append. Raises OSError.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,9 +1,9 @@
 """The output folder while it is made: OUT.partial, planned shards, a journal, and one rename at the end.
 
-    OUT.partial/model/          what becomes OUT
-    OUT.partial/journal.jsonl   which tensors are finished, with the checksums of their bytes
-    OUT.partial/lock            held while a process works here
-    OUT.partial/replaced/       the old OUT, between the two renames of --overwrite
+OUT.partial/model/          what becomes OUT
+OUT.partial/journal.jsonl   which tensors are finished, with the checksums of their bytes
+OUT.partial/lock            held while a process works here
+OUT.partial/replaced/       the old OUT, between the two renames of --overwrite
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ REPLACED = "replaced"
 class Output:
     """`OUT.partial` for one plan: opened, written in any order by several threads, then finished or left for a rerun.
 
-    The journal's first line names the plan; each further line is a finished tensor with the checksum of its bytes (XXH3-128) and its
-    facts for the report. Opening again with the same plan keeps the tensors whose bytes still match. Raises OutputError where
-    the folder cannot be made or another process works on it, UserError where it belongs to another plan.
+    The journal's first line names the plan; each further line is a finished tensor with the checksum of its bytes
+    (XXH3-128) and its facts for the report. Opening again with the same plan keeps the tensors whose bytes still match.
+    Raises OutputError where the folder cannot be made or another process works on it, UserError where it belongs to
+    another plan.
     """
 
     def __init__(self, plan: Plan, out: Path, *, resume: bool = True, overwrite: bool = False) -> None:
@@ -192,7 +193,7 @@ class Output:
             path.write_bytes(content.encode() if isinstance(content, str) else content)
 
     def publish(self) -> None:
-        """Turn OUT.partial/model into OUT: everything that belongs there is there, nothing else is. Raises OutputError."""
+        """Turn OUT.partial/model into OUT: all that belongs there is there, nothing else is. Raises OutputError."""
         with explained(self.out):
             self._check_whole()
             self._close_files()
@@ -218,8 +219,8 @@ class Output:
     def _check_whole(self) -> None:
         """Every shard must still be the file that was written: OUT.partial is within reach of others for hours."""
         for shard, fd in zip(self.plan.shards, self._fds):
-            path = self.folder / shard.file
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(fd)) or path.stat().st_size != shard.nbytes:
+            path, ours = self.folder / shard.file, os.fstat(fd)
+            if not path.exists() or not os.path.samestat(path.stat(), ours) or ours.st_size != shard.nbytes:
                 raise YeamError(f"{path} was removed or replaced while the merge was writing it", "run the merge again")
 
     def _close_files(self) -> None:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -25,13 +25,13 @@ from yeam.checkpoint.dtypes import DTYPES
 from yeam.engine.memory import anonymous_bytes, cores, keep_freed_memory
 from yeam.engine.output import Output
 from yeam.engine.readahead import ReadAhead
-from yeam.engine.stage import Stage, stage_for
+from yeam.engine.stage import stage_for
 from yeam.engine.tiles import Cancelled, JobInputs, Lane, tile_bytes
 from yeam.errors import CheckpointError, UserError, YeamError
 from yeam.methods import method_named
 from yeam.planning.jobs import Job, Plan
 
-CPU_TILE = 1 << 18  # elements: a tile and its temporaries stay in the second-level cache
+CPU_TILE = 1 << 20  # elements: large enough that calls into torch do not count, small enough for the caches
 CUDA_TILE = 1 << 24
 
 
@@ -101,9 +101,7 @@ def costs_of(plan: Plan, checkpoints: Sequence[Checkpoint], memory: int) -> dict
     return {"read_bytes": sum(by_role.values()), "read_by_role": by_role, "peak_memory": peak}
 
 
-def _lanes(
-    todo: Sequence[Job], checkpoints: Sequence[Checkpoint], device: torch.device, memory: int, tile: int
-) -> int:
+def _lanes(todo: Sequence[Job], checkpoints: Sequence[Checkpoint], device: torch.device, memory: int, tile: int) -> int:
     """How many jobs run at a time."""
     available = memory - anonymous_bytes()
     tiles = max((tile_bytes(job, checkpoints, tile) for job in todo), default=0)
@@ -147,7 +145,8 @@ class _Crew:
         self._output = output
         self._halt = threading.Event()
         self._results: SimpleQueue[Job | BaseException] = SimpleQueue()
-        self._lanes = [Lane(stage_for(device), tile, self._halt) for _ in range(lanes)]
+        threads = lanes == 1 or device.type == "cuda"
+        self._lanes = [Lane(stage_for(device), tile, self._halt, threads=threads) for _ in range(lanes)]
         self._threads: list[threading.Thread] = []
         self._taking = threading.Lock()
 
@@ -175,7 +174,8 @@ class _Crew:
     def _work(self, lane: Lane, todo: deque[Job], ahead: ReadAhead, threads: int) -> None:
         torch.set_num_threads(threads)  # the setting belongs to the thread
         try:
-            with _Sink(lane.stage, self._output, self._plan.allow_nan) as sink, torch.inference_mode():
+            sink = _Sink(lane, self._output, self._plan.allow_nan)
+            with torch.inference_mode():
                 while not self._halt.is_set():
                     with self._taking:
                         if not todo:
@@ -231,21 +231,13 @@ class _Crew:
 
 
 class _Sink:
-    """Where a job's output tiles go: converted, checked, hashed and written on a thread of its own, two buffers deep."""
+    """Where a job's output tiles go: converted, checked, hashed and written, two buffers deep."""
 
-    def __init__(self, stage: Stage, output: Output, allow_nan: bool) -> None:
-        self._stage = stage
+    def __init__(self, lane: Lane, output: Output, allow_nan: bool) -> None:
+        self._lane = lane
         self._output = output
         self._allow_nan = allow_nan
-        self._writer = ThreadPoolExecutor(1, "yeam-write")
-        self._buffers: list[Tensor] = [stage.buffer(0), stage.buffer(0)]
         self._writing: list[Future[None] | None] = [None, None]
-
-    def __enter__(self) -> _Sink:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._writer.shutdown(wait=True, cancel_futures=True)
 
     def begin(self, job: Job, blame: Callable[[int, int], YeamError]) -> None:
         self._job = job
@@ -266,10 +258,8 @@ class _Sink:
         if (writing := self._writing[self._slot]) is not None:
             writing.result()
         nbytes = tile_T.numel() * self._dtype.itemsize
-        if self._buffers[self._slot].numel() < nbytes:
-            self._buffers[self._slot] = self._stage.buffer(nbytes)
-        buffer = self._buffers[self._slot][:nbytes]
-        wait = self._stage.download(tile_T, buffer.view(self._dtype))
+        buffer = self._lane.buffer(("write", self._slot), nbytes)
+        wait = self._lane.stage.download(tile_T, buffer.view(self._dtype))
 
         def write(digest: Any = self._digest) -> None:
             wait()
@@ -277,7 +267,7 @@ class _Sink:
             digest.update(data)
             self._output.write(job, at * self._dtype.itemsize, data)
 
-        self._writing[self._slot] = self._writer.submit(write)
+        self._writing[self._slot] = self._lane.writer.submit(write)
         self._slot = 1 - self._slot
 
     def _check(self, tile_T: Tensor, at: int) -> None:

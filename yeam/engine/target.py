@@ -35,7 +35,7 @@ def check_output_free(out: Path, overwrite: bool) -> None:
                 f"{out} exists and is not a model folder; it is not overwritten", "choose another output folder"
             )
     if not os.access(out, os.W_OK | os.X_OK):
-        raise OutputError(f"{out} cannot be replaced: Permission denied", "choose an output folder that you may write to")
+        raise OutputError(f"{out} may not be replaced by you", "choose an output folder that you may write to")
 
 
 def check_output_apart(out: Path, inputs: Iterable[Path]) -> None:
@@ -45,9 +45,7 @@ def check_output_apart(out: Path, inputs: Iterable[Path]) -> None:
         for target in (out, partial_path(out)):
             here = target.resolve()
             if here == there or here in there.parents:
-                raise OutputError(
-                    f"writing {target} would replace the input {folder}", "choose another output folder"
-                )
+                raise OutputError(f"writing {target} would replace the input {folder}", "choose another output folder")
 
 
 def _is_model(folder: Path) -> bool:

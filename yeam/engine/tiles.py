@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -22,21 +22,39 @@ from yeam.methods.inputs import Tile
 from yeam.planning.jobs import Input, Job
 
 ALIGN = 64  # elements: a multiple of four, so that blocks of four never straddle two tiles
-AHEAD = 2  # tiles read before they are asked for
+AHEAD = 2  # tiles read before they are asked for, where a lane has a reading thread
 
 
 class Cancelled(Exception):
     """Another lane failed or the user interrupted: stop quietly."""
 
 
-class Lane:
-    """What one worker owns: a reading thread, a stage, and buffers that all its jobs use again."""
+class Inline(Executor):
+    """Runs what is submitted at once, on the thread that submits it."""
 
-    def __init__(self, stage: Stage, tile_elements: int, stop: threading.Event) -> None:
+    def submit(self, call: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(call(*args, **options))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+class Lane:
+    """What one worker owns: a stage, buffers that all its jobs use again, and threads that read and write for it.
+
+    Several lanes on a CPU read, compute and write at different times anyway, and handing tiles between threads costs more than it
+    hides (a third of the time of a linear merge on two cores): then `threads` is False and a lane does all three itself.
+    """
+
+    def __init__(self, stage: Stage, tile_elements: int, stop: threading.Event, *, threads: bool) -> None:
         self.stage = stage
         self.tile_elements = tile_elements
         self.stop = stop
-        self.reader = ThreadPoolExecutor(1, "yeam-read")
+        self.reader: Executor = ThreadPoolExecutor(1, "yeam-read") if threads else Inline()
+        self.writer: Executor = ThreadPoolExecutor(1, "yeam-write") if threads else Inline()
+        self.ahead = AHEAD if threads else 0
         self._buffers: dict[Any, Tensor] = {}
 
     def buffer(self, key: Any, nbytes: int) -> Tensor:
@@ -56,12 +74,14 @@ class Lane:
 
     def close(self) -> None:
         self.reader.shutdown(wait=True, cancel_futures=True)
+        self.writer.shutdown(wait=True, cancel_futures=True)
 
 
 class JobInputs:
     """The inputs of one job as `yeam.methods.Inputs` describes them."""
 
     def __init__(self, job: Job, checkpoints: Sequence[Checkpoint], lane: Lane) -> None:
+        self.name = job.name
         self.shape = job.shape
         self.K = len(job.sources)
         self.has_base = job.base is not None
@@ -93,8 +113,8 @@ class JobInputs:
                 for wait in busy.pop(slot, []):
                     wait()
                 waiting.append((begin, end, lane.reader.submit(self._read, inputs, begin, end, slot), slot))
-                slot = (slot + 1) % (AHEAD + 1)
-                if len(waiting) > AHEAD:
+                slot = (slot + 1) % (lane.ahead + 1)
+                if len(waiting) > lane.ahead:
                     yield self._serve(*waiting.popleft(), busy)
             while waiting:
                 yield self._serve(*waiting.popleft(), busy)

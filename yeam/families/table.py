@@ -350,8 +350,7 @@ _add(
     head={"lm_head": "head", "classification_head.dense": "head_transform",
           "classification_head.out_proj": "classifier", **_CLASSIFIERS},
     depth={"encoder.block": ("num_layers", "num_hidden_layers"), "decoder.block": ("num_decoder_layers",)},
-    ties=tuple((x, "shared.weight") for x in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
-                                              "lm_head.weight")),
+    ties=tuple((f"{x}.weight", "shared.weight") for x in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")),
     flags={"position": "relative", "rope": "none", "rotary": 0.0, "tie": True},
     rule=t.t5,
 )  # fmt: skip

@@ -28,10 +28,11 @@ class Tile:
 class Inputs(Protocol):
     """The inputs of one output tensor, as the engine serves them.
 
-    shape: of the tensor. K: number of sources. has_base: whether tiles carry the base. device and dtype: of the tiles
-    (float32; float64 where an input is stored so; the storage dtype under `math: exact`).
+    name: of the output tensor. shape: of the tensor. K: number of sources. has_base: whether tiles carry the base. device and
+    dtype: of the tiles (float32; float64 where an input is stored so; the storage dtype under `math: exact`).
     """
 
+    name: str
     shape: tuple[int, ...]
     K: int
     has_base: bool

@@ -199,8 +199,22 @@ def method_named(name: str) -> Method:
 
 @cache
 def _load() -> None:
+    import yeam.methods.arcee_fusion
+    import yeam.methods.breadcrumbs
+    import yeam.methods.dare
+    import yeam.methods.della
+    import yeam.methods.karcher
     import yeam.methods.linear
+    import yeam.methods.model_stock
+    import yeam.methods.multislerp
+    import yeam.methods.nearswap
+    import yeam.methods.nuslerp
     import yeam.methods.passthrough
+    import yeam.methods.ram
+    import yeam.methods.sce
+    import yeam.methods.slerp
+    import yeam.methods.task_arithmetic
+    import yeam.methods.ties
     import yeam.methods.yeam  # noqa: F401 - importing registers
 
     load_entry_points(ENTRY_POINTS)

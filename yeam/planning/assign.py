@@ -1,8 +1,8 @@
-"""From one outlined tensor to the job that makes it: method, parameters, dtypes, and whether its inputs fit each other."""
+"""From one outlined tensor to the job that makes it: method, parameters, dtypes; and whether its inputs fit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from yeam.checkpoint.dtypes import DTYPES, dtype_named
@@ -20,8 +20,8 @@ Owner = tuple[Seat, str]
 def job_of(loaded: LoadedRecipe, method: Method, outlined: Outlined, donor: Member) -> Job | None:
     """The job of one output tensor; None for a constant that the first model does not store.
 
-    Constants and tensors of integers are copied from the first model. Raises CheckpointError where a model lacks the tensor or has it
-    in another shape, ConfigError for a number of sources or parameters that the method cannot use.
+    Constants and tensors of integers are copied from the first model. Raises CheckpointError where a model lacks the
+    tensor or has it in another shape, ConfigError for a number of sources or parameters that the method cannot use.
     """
     owners = [(seat, name) for seat, name in outlined.found if name is not None]
     if outlined.meaning.role == "buffer":
@@ -38,6 +38,7 @@ def job_of(loaded: LoadedRecipe, method: Method, outlined: Outlined, donor: Memb
     dtype = _output_dtype(loaded, first.member.natural_dtype(name))
     if method.name == "passthrough" and values["scale"] == (None,) and info.dtype == dtype:
         return _copy(owners[0], outlined)
+    work = _work_dtype(loaded, method, owners)
     return Job(
         name=outlined.name,
         shape=info.shape,
@@ -47,10 +48,16 @@ def job_of(loaded: LoadedRecipe, method: Method, outlined: Outlined, donor: Memb
         sources=tuple(Input(seat.member.index, name) for seat, name in sources),
         base=Input(first.member.index, name) if outlined.group.base is not None else None,
         parameters=values,
-        work=_work_dtype(loaded, method, owners),
+        work=work,
         roles=tuple(sorted(outlined.meaning.roles)),
         layer=outlined.layer,
+        resident=resident_bytes(method, info.shape, len(sources), values, work),
     )
+
+
+def resident_bytes(method: Method, shape: tuple[int, ...], count: int, values: Mapping[str, Any], work: str) -> int:
+    """Memory that a method keeps beyond its tiles; methods state it for float32."""
+    return method.resident(shape, count, values) * max(1, DTYPES[work].itemsize // 4)
 
 
 def _copy(owner: Owner, outlined: Outlined) -> Job:
@@ -105,11 +112,12 @@ def _check_count(loaded: LoadedRecipe, method: Method, group: Group) -> None:
     least, most = method.sources
     count = sum(not group.is_base(seat) for seat in group.seats)
     if count < least or (most is not None and count > most):
-        wanted = str(least) if least == most else f"at least {least}" if most is None else f"{least} to {most}"
+        wanted = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+        models = "model" if least == most == 1 else "models"
         beside = " beside the base" if group.base is not None else ""
         raise loaded.error(
             group.path,
-            f"method {method.name!r} takes {wanted} model{'s' * (wanted != '1')}{beside}, and there are {count}",
+            f"method {method.name!r} takes {wanted} {models}{beside}, and there are {count}",
             "add or remove models, or choose another method",
         )
 
@@ -130,7 +138,7 @@ def _check_presence(loaded: LoadedRecipe, outlined: Outlined, owners: Sequence[O
 
 
 def _check_shapes(loaded: LoadedRecipe, outlined: Outlined, owners: Sequence[Owner], donor: Member) -> None:
-    """One shape and kind of number in all models; outside of the layers the donor's too, whose config the output takes."""
+    """One shape and kind of number in all models; outside of the layers also in the donor, whose config is taken."""
     (first, name), *others = owners
     own = donor.find(outlined.name, donor) if outlined.layer is None else None
     info = first.member.info(name)
@@ -147,8 +155,8 @@ def _check_shapes(loaded: LoadedRecipe, outlined: Outlined, owners: Sequence[Own
         axis = outlined.meaning.vocab_axis
         if axis is not None and _without(info.shape, axis) == _without(other.shape, axis):
             raise CheckpointError(
-                f"{where}: the vocabularies differ: {outlined.name} is for {info.shape[axis]} tokens in {first.member.ref} "
-                f"and for {other.shape[axis]} in {member.ref}",
+                f"{where}: the vocabularies differ: {outlined.name} is for {info.shape[axis]} tokens in "
+                f"{first.member.ref} and for {other.shape[axis]} in {member.ref}",
                 "merge models with the same tokenizer; merging vocabularies is not supported yet",
             )
         raise CheckpointError(
@@ -169,15 +177,16 @@ def _output_dtype(loaded: LoadedRecipe, natural: str) -> str:
 
 
 def _work_dtype(loaded: LoadedRecipe, method: Method, owners: Sequence[Owner]) -> str:
-    """float32, float64 where an input is; in exact arithmetic the recipe's `dtype`, or that of the first model's tensor."""
+    """float32, float64 where an input is; in exact arithmetic the recipe's `dtype`, or the first model's."""
     recipe = loaded.recipe
     if recipe.math == "exact" and method.exact:
         seat, name = owners[0]
         code = dtype_named(recipe.dtype).code if recipe.dtype else seat.member.natural_dtype(name)
         if DTYPES[code].itemsize < 2:
             raise loaded.error(
-                ("math",), f"`math: exact` works in the dtype of the models, and {code} has no arithmetic", "set `dtype: bfloat16`"
+                ("math",),
+                f"`math: exact` works in the dtype of the models, and {code} has no arithmetic",
+                "set `dtype: bfloat16`",
             )
         return code
     return "F64" if any(seat.member.info(name).dtype == "F64" for seat, name in owners) else "F32"
-

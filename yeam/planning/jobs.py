@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from yeam.checkpoint.dtypes import DTYPES
+from yeam.errors import YeamError
 
 PLAN_VERSION = 1
 
@@ -29,9 +30,10 @@ class Input:
 class Job:
     """One output tensor.
 
-    `dtype` is the output's safetensors code, `work` the dtype of the arithmetic. `method` is a registered merge method or `copy`, which
-    writes the single source's values unchanged. `parameters` are validated and resolved for this tensor; those that each
-    model has its own of hold one value a source. `shard`, `begin`, `end` are the exact bytes in the output (-1 before layout).
+    `dtype` is the output's safetensors code, `work` the dtype of the arithmetic. `method` is a registered merge method
+    or `copy`, which writes the single source's values unchanged. `parameters` are validated and resolved for this
+    tensor; those that each model has its own of hold one value a source. `shard`, `begin`, `end` are the exact bytes
+    in the output (-1 before layout).
     """
 
     name: str
@@ -65,7 +67,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Model:
-    """An input model as the plan saw it: its reference, a fingerprint of its files, and its name in what is published."""
+    """An input model as the plan saw it: its reference, a fingerprint of its files, its name in published files."""
 
     reference: str
     fingerprint: str
@@ -85,8 +87,9 @@ class Shard:
 class Plan:
     """What a merge will do, whole.
 
-    `config` is the output's config.json (None where no input has one); `donor` is the model that other files are taken from,
-    `tokenizer_donor` the one for tokenizer files; `chat_template` is a Jinja text or None to keep the tokenizer's own.
+    `config` is the output's config.json (None where no input has one); `donor` is the model that other files are taken
+    from, `tokenizer_donor` the one for tokenizer files; `chat_template` is a Jinja text or None to keep the
+    tokenizer's own.
     """
 
     method: str
@@ -113,7 +116,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=_refuse))
         return plain
 
     def hash(self) -> str:
@@ -125,7 +128,12 @@ class Plan:
 
         models = tuple(replace(model, label="") for model in self.models)
         content = asdict(replace(self, models=models, notes=(), allow_nan=False))
-        return hashlib.sha256(json.dumps([__version__, content], sort_keys=True).encode()).hexdigest()[:32]
+        text = json.dumps([__version__, content], sort_keys=True, default=_refuse)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _refuse(value: Any) -> None:
+    raise YeamError(f"a {type(value).__name__} cannot be written into a plan", "give parameters types that JSON has")
 
 
 # safetensors writes tensors in this order of dtypes, each sorted by name: wide types first, so that all are aligned
@@ -138,8 +146,8 @@ _FILE_ORDER = (
 def layout(plan: Plan, shard_size: int) -> Plan:
     """The plan with every job's shard and byte range set, and the shards' headers.
 
-    Files come out as `save_pretrained(max_shard_size=…)` of transformers writes them, byte for byte: tensors fill shards in order, and
-    one larger than `shard_size` (bytes) has a shard of its own, while the shard under way goes on.
+    Files come out as `save_pretrained(max_shard_size=…)` of transformers writes them, byte for byte: tensors fill
+    shards in order, and one larger than `shard_size` (bytes) has a shard of its own, while the shard under way goes on.
     """
     jobs = list(plan.jobs)
     groups = _shard_groups(jobs, shard_size)

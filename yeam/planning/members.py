@@ -22,8 +22,11 @@ class Member:
 
     @cached_property
     def anatomy(self) -> Anatomy:
-        """What the tensors mean. A head that only shares storage with the embedding counts as a tensor of its own where the
-        config says that the two are not tied: a loader would miss it."""
+        """What the tensors mean.
+
+        A head that only shares storage with the embedding counts as a tensor of its own where the config says that the
+        two are not tied: a loader would miss it.
+        """
         shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
         aliases = {name: shapes[kept] for name, kept in self.checkpoint.aliases.items() if kept in shapes}
         if aliases:
@@ -34,7 +37,7 @@ class Member:
 
     @cached_property
     def duplicates(self) -> Mapping[str, str]:
-        """Names that are not written, being the same tensor as another by the config's ties or by shared storage → that one."""
+        """Names of what is the same tensor as another, by the config's ties or by shared storage → that one's name."""
         shared = {name: kept for name, kept in self.checkpoint.aliases.items() if name not in self.anatomy.tensors}
         pairs = {**shared, **dict(self.anatomy.ties)}
         return {name: kept for name, kept in pairs.items() if kept in self.checkpoint.tensors}
@@ -47,7 +50,7 @@ class Member:
         return [f"{self.ref.label}: {note}" for note in (*self.checkpoint.notes, *tied)]
 
     def find(self, name: str, owner: Member) -> str | None:
-        """This model's stored name of `owner`'s tensor: the same, another spelling of its prefix, or what it is tied to."""
+        """This model's name of `owner`'s tensor: the same, another spelling of its prefix, or what it is tied to."""
         for candidate in self._spellings(name, owner):
             stored = self.duplicates.get(candidate, self.checkpoint.aliases.get(candidate, candidate))
             if stored in self.checkpoint.tensors:
@@ -67,7 +70,7 @@ class Member:
             yield from aliases_of(name, owner.anatomy)
 
     def similar(self, stack: Stack) -> Stack:
-        """This model's stack that corresponds to another model's: of the same prefix, or the only one of the same last word.
+        """This model's stack that corresponds to another's: of the same prefix, or the only one of the same last word.
 
         Where several have that word, only those of the same module count. A stack of no layers where there is none.
         """

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from yeam.errors import CheckpointError, suggest
-from yeam.families import Meaning, Stack, aliases_of
+from yeam.families import Meaning, Stack
 from yeam.planning.members import Member, Members
 from yeam.recipe import KeyPath, LoadedRecipe, MergeRecipe, ModelRef, ModuleEntry, Resolver, SliceEntry, layer_position
 
@@ -29,7 +30,7 @@ Found = tuple[Seat, str | None]
 
 @dataclass(frozen=True)
 class Group:
-    """The models that are merged over the same output tensors: every entry of the recipe, and the base of the method if any.
+    """The models that are merged over the same output tensors: every entry of the recipe, and the method's base.
 
     `layers` is the depth of a slice, None for whole models.
     """
@@ -46,7 +47,7 @@ class Group:
         base = self.base
         return base is not None and (seat.member, seat.first_layer) == (base.member, base.first_layer)
 
-    @property
+    @cached_property
     def everyone(self) -> tuple[Seat, ...]:
         """The base, then the sources."""
         sources = tuple(seat for seat in self.seats if not self.is_base(seat))
@@ -72,7 +73,7 @@ class Outlined:
 
 @dataclass
 class Outline:
-    """All output tensors; for each stack whose layers were chosen the source layers in output order, and their models' configs.
+    """All output tensors; for each stack with chosen layers the source layers in order, and their models' configs.
 
     `left_out` are names of tensors that no longer have a place: extra layers behind a stack that was rearranged.
     """
@@ -86,8 +87,9 @@ class Outline:
 def outline(loaded: LoadedRecipe, members: Members, donor: Member, resolver: Resolver, *, with_base: bool) -> Outline:
     """The outline of a recipe. `donor` gives the names and their order; `with_base` says whether the base takes part.
 
-    Raises CheckpointError for models of unequal depth, ConfigError for layer ranges beyond a model, unknown or forgotten modules, and
-    slices of a model with several stacks of layers. Tensors that a model lacks are left for the planner to judge.
+    Raises CheckpointError for models of unequal depth, ConfigError for layer ranges beyond a model, unknown or
+    forgotten modules, and slices of a model with several stacks of layers. Tensors that a model lacks are left for the
+    planner to judge.
     """
     result = Outline()
     builder = _Builder(loaded, members, donor, resolver, with_base, result)
@@ -172,6 +174,12 @@ class _Builder:
                 continue
             for seat in group.everyone:
                 count = seat.member.similar(stack).count
+                if count == 0:
+                    raise CheckpointError(
+                        f"{self.loaded.locate(group.path)}: {seat.member.ref} ({seat.member.anatomy.family}) has no "
+                        f"layers like {prefix} of {self.donor.ref} ({self.donor.anatomy.family})",
+                        "merge models of one architecture",
+                    )
                 if count != stack.count:
                     raise CheckpointError(
                         f"{self.loaded.locate(group.path)}: {self.donor.ref} has {stack.count} layers in {prefix}, "
@@ -191,7 +199,8 @@ class _Builder:
     ) -> Iterator[tuple[str, Meaning, Member, tuple[Found, ...]]]:
         """Output names with their meaning, the model that the name is of, and who has it under which name.
 
-        The donor's in its order, then what others have more. What is a duplicate in every model (a tied head) is not written.
+        The donor's in its order, then what others have more. What is a duplicate in every model (a tied head) is not
+        written.
         """
         taking_part = [seat.member for seat in group.everyone]
         used: set[tuple[Member, str | None]] = set()
@@ -208,7 +217,7 @@ class _Builder:
                 yield name, meaning, member, found
 
     def _sliced(self, groups: list[Group]) -> None:
-        """Tensors before the layers from the first slice's models, the layers renumbered, tensors after them from the last's."""
+        """What precedes the layers from the first slice's models, layers renumbered, what follows from the last's."""
         donor, module, result = self.donor, groups[0].module, self.result
         stacks = [stack for stack in donor.anatomy.stacks.values() if module in (None, stack.module)]
         if len(stacks) != 1:
@@ -234,10 +243,12 @@ class _Builder:
 
     def _around(self, group: Group, place: str, stack: Stack) -> None:
         for name, meaning, owner, found in self._names(group, lambda meaning: meaning.place == place):
-            if owner.similar(stack).split(name) is None:
-                self.result.tensors.append(Outlined(name, meaning, group, found, (name,) * len(group.seats), 0.0))
-            else:
+            own = owner.similar(stack)
+            layer = own.split(name)
+            if layer is not None and layer[0] >= own.count:
                 self.result.left_out.append(name)  # its number now belongs to another layer
+            else:
+                self.result.tensors.append(Outlined(name, meaning, group, found, (name,) * len(group.seats), 0.0))
 
     def _check_range(self, group: Group, seat: Seat, stack: Stack) -> None:
         assert group.layers is not None and seat.first_layer is not None
@@ -267,7 +278,7 @@ class _Builder:
 
 
 def _in_layer(seat: Seat, owner: Member, stack: Stack, j: int, rest: str) -> str | None:
-    """A seat's stored name of `rest` in layer j of its slice: in its own spelling, or in one that goes with the owner's."""
+    """A seat's stored name of `rest` in layer j of its slice: in its own spelling, or in one that fits the owner's."""
     layer = f"{(seat.first_layer or 0) + j}.{rest}"
     own = seat.member.find(f"{seat.member.similar(stack).prefix}.{layer}", seat.member)
     return own or seat.member.find(f"{owner.similar(stack).prefix}.{layer}", owner)

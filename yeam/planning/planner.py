@@ -11,9 +11,9 @@ from yeam.families import GROUPS, ROLES
 from yeam.methods import Method, method_named
 from yeam.planning.assign import job_of
 from yeam.planning.jobs import Job, Model, Plan, layout
-from yeam.planning.members import Members
+from yeam.planning.members import Member, Members
 from yeam.planning.outline import outline
-from yeam.planning.rewrite import checked, rewritten
+from yeam.planning.rewrite import rewritten
 from yeam.planning.settings import output_config
 from yeam.planning.texts import chat_template, tokenizer_donor
 from yeam.recipe import KeyPath, LoadedRecipe, Resolver, mentioned_parameters
@@ -21,7 +21,9 @@ from yeam.recipe import KeyPath, LoadedRecipe, Resolver, mentioned_parameters
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
 
-def make_plan(loaded: LoadedRecipe, members: Members, *, shard_size: int | None = None, allow_nan: bool = False) -> Plan:
+def make_plan(
+    loaded: LoadedRecipe, members: Members, *, shard_size: int | None = None, allow_nan: bool = False
+) -> Plan:
     """The plan of a recipe. No weight is read. shard_size: bytes, the recipe's or 5 GB otherwise.
 
     Raises ConfigError (with the recipe's line) for unknown methods, parameters, plugins and filters that match nothing;
@@ -31,7 +33,9 @@ def make_plan(loaded: LoadedRecipe, members: Members, *, shard_size: int | None 
     method = _method(loaded)
     if recipe.tokenizer is not None:
         raise loaded.error(
-            ("tokenizer",), "building a new vocabulary is not supported yet", "remove `tokenizer:`; equal vocabularies need none"
+            ("tokenizer",),
+            "building a new vocabulary is not supported yet",
+            "remove `tokenizer:`; equal vocabularies need none",
         )
     _check_parameters(loaded, method)
     resolver = Resolver.of(loaded, known_roles=(*ROLES, *GROUPS))
@@ -50,6 +54,7 @@ def make_plan(loaded: LoadedRecipe, members: Members, *, shard_size: int | None 
     notes = [note for member in members for note in member.notes]
     notes += _job_notes(jobs, absent, outlined.left_out, method)
     notes += config_notes
+    notes += _kind_notes(members, donor)
     if recipe.math == "exact" and not method.exact:
         notes.append(f"method {method.name} is defined in float32: `math: exact` changes nothing")
     plan = Plan(
@@ -63,7 +68,7 @@ def make_plan(loaded: LoadedRecipe, members: Members, *, shard_size: int | None 
         allow_nan=allow_nan or recipe.allow_nan,
         notes=tuple(notes),
     )
-    plan = rewritten(checked(plan, members), loaded, members)
+    plan = rewritten(plan, loaded, members)
     if not plan.jobs:
         raise loaded.error((), "nothing to merge: no tensor of the models takes part")
     return layout(plan, shard_size or recipe.shard_size or DEFAULT_SHARD_SIZE)
@@ -123,6 +128,16 @@ def _job_notes(jobs: Sequence[Job], absent: Sequence[str], left_out: Sequence[st
     if left_out:
         notes.append(f"{_several(left_out)}: left out, extra layers behind a stack that is rearranged")
     return notes
+
+
+def _kind_notes(members: Members, donor: Member) -> list[str]:
+    """Models that are of another type than the config.json of the output says."""
+    types = {member: member.checkpoint.config.get("model_type") for member in members}
+    return [
+        f"{member.ref.label} is a {kind}, and config.json says {types[donor]}, as {donor.ref.label} is"
+        for member, kind in types.items()
+        if kind is not None and types[donor] is not None and kind != types[donor]
+    ]
 
 
 def _several(names: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from yeam.checkpoint.dtypes import DTYPES
 from yeam.errors import ConfigError, UserError, YeamError
 from yeam.methods import Method, method_named
+from yeam.planning.assign import resident_bytes
 from yeam.planning.jobs import Job, Plan
 from yeam.planning.members import Members
 from yeam.plugins import apply_plugin
@@ -17,31 +17,40 @@ from yeam.recipe import LoadedRecipe
 
 
 def rewritten(plan: Plan, loaded: LoadedRecipe, members: Members) -> Plan:
-    """The plan after the recipe's plugins, in order. Raises ConfigError for an unknown plugin or option, and what `checked` raises."""
+    """The plan after the recipe's plugins, in order, with the parameters and the memory need of changed jobs filled in.
+
+    A job that a plugin has made may leave parameters to their defaults. Raises ConfigError for an unknown plugin or
+    option, YeamError for jobs that cannot be carried out: a tensor written twice, inputs that do not exist or have
+    another shape, parameters that the method lacks.
+    """
+    _check_names(plan)
     for number, use in enumerate(loaded.recipe.plugins):
         where = loaded.locate(("plugins", number))
-        plan = checked(apply_plugin(plan, use.name, use.options, where), members, f"{where}: plugin {use.name!r}: ")
+        known = {id(job) for job in plan.jobs}
+        changed = apply_plugin(plan, use.name, use.options, where)
+        blame = f"{where}: plugin {use.name!r}: "
+        if changed.models != plan.models or not {changed.donor, changed.tokenizer_donor} <= {*range(len(members))}:
+            raise YeamError(f"{blame}a plan's models cannot be changed, and its donors are among them")
+        _check_names(changed, blame)
+        jobs = tuple(job if id(job) in known else _checked(job, members, blame) for job in changed.jobs)
+        plan = replace(changed, jobs=jobs)
     return replace(plan, plugins=tuple(use.name for use in loaded.recipe.plugins))
 
 
-def checked(plan: Plan, members: Members, blame: str = "") -> Plan:
-    """The plan with the parameters and the memory need of every job filled in.
-
-    A job that a plugin has made may leave parameters to their defaults. Raises YeamError, beginning with `blame`, for jobs that cannot be
-    carried out: a tensor written twice, inputs that do not exist or have another shape, parameters that the method lacks.
-    """
+def _check_names(plan: Plan, blame: str = "") -> None:
     seen: set[str] = set()
-    jobs = []
     for job in plan.jobs:
         if job.name in seen:
             raise YeamError(f"{blame}{job.name} would be written twice")
         seen.add(job.name)
-        try:
-            _check_inputs(job, members)
-            jobs.append(_completed(job))
-        except UserError as error:
-            raise YeamError(f"{blame}{job.name}: {error.message}", error.remedy) from error
-    return replace(plan, jobs=tuple(jobs))
+
+
+def _checked(job: Job, members: Members, blame: str) -> Job:
+    try:
+        _check_inputs(job, members)
+        return _completed(job)
+    except UserError as error:
+        raise YeamError(f"{blame}{job.name}: {error.message}", error.remedy) from error
 
 
 def _check_inputs(job: Job, members: Members) -> None:
@@ -73,8 +82,9 @@ def _completed(job: Job) -> Job:
     if (job.base is None and method.base == "required") or (job.base is not None and method.base == "unused"):
         raise UserError(f"method {method.name!r} {'needs a' if job.base is None else 'takes no'} base")
     values = _values(method, job.parameters, len(job.sources))
-    resident = method.resident(job.shape, len(job.sources), values) * max(1, DTYPES[job.work].itemsize // 4)
-    return replace(job, parameters=values, resident=resident)
+    return replace(
+        job, parameters=values, resident=resident_bytes(method, job.shape, len(job.sources), values, job.work)
+    )
 
 
 def _values(method: Method, given: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -82,7 +92,8 @@ def _values(method: Method, given: Mapping[str, Any], count: int) -> dict[str, A
     keywords = {parameter.keyword: parameter for parameter in method.parameters.values()}
     if unknown := [name for name in given if name not in keywords]:
         raise ConfigError(
-            f"method {method.name!r} has no parameter {unknown[0]!r}", f"its parameters are: {', '.join(keywords) or 'none'}"
+            f"method {method.name!r} has no parameter {unknown[0]!r}",
+            f"its parameters are: {', '.join(keywords) or 'none'}",
         )
     values: dict[str, Any] = {}
     for keyword, parameter in keywords.items():
@@ -97,8 +108,4 @@ def _values(method: Method, given: Mapping[str, Any], count: int) -> dict[str, A
             raise ConfigError(f"{where}: {parameter.name!r} needs one value for each of the {count} models")
         else:
             values[keyword] = tuple(parameter.check(value, where) for value in given[keyword])
-    try:
-        json.dumps(values)
-    except (TypeError, ValueError) as error:
-        raise YeamError(f"method {method.name!r}: its parameters cannot be written into a plan: {error}") from None
     return values

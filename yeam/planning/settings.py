@@ -33,7 +33,7 @@ def output_config(
         config = update.config
         notes.extend(update.notes)
     if outlined.left_out:
-        _change(config, {key: 0 for key in _EXTRA_LAYERS})
+        _change(config, dict.fromkeys(_EXTRA_LAYERS, 0))
     _state_dtype(config, jobs, asked=bool(loaded.recipe.out_dtype or loaded.recipe.dtype))
     written = {job.name for job in jobs}
     untied = [name for name in donor.duplicates if name in written]
@@ -45,9 +45,10 @@ def output_config(
 
 
 def _state_dtype(config: dict[str, Any], jobs: Sequence[Job], asked: bool) -> None:
-    """The dtype of most of the output's numbers, under the names that the config uses: `dtype` as transformers 5, or `torch_dtype`.
+    """The dtype of most of the output's numbers, as `dtype` or `torch_dtype`, whichever the config has.
 
-    A config that names no dtype gets one only if the recipe does; nested configs keep theirs unless the recipe names one.
+    A config that names no dtype gets one only if the recipe does; nested configs keep theirs unless the recipe names
+    one.
     """
     numbers: Counter[str] = Counter()
     for job in jobs:

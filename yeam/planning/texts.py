@@ -12,8 +12,8 @@ from yeam.vocabulary.files import tokenizer_files, vocabularies_differ
 def tokenizer_donor(loaded: LoadedRecipe, members: Members, donor: Member, notes: list[str]) -> Member:
     """The model whose tokenizer files the output takes: `tokenizer_source`, or the donor.
 
-    With `tokenizer_source` all models must have one vocabulary: a union of equal vocabularies is any of them. Raises ConfigError
-    where they differ, naming the two models; without the key a difference is added to `notes`.
+    With `tokenizer_source` all models must have one vocabulary: a union of equal vocabularies is any of them. Raises
+    ConfigError where they differ, naming the two models; without the key a difference is added to `notes`.
     """
     source = loaded.recipe.tokenizer_source
     if source == "base" and loaded.recipe.base_model is None:
@@ -21,7 +21,9 @@ def tokenizer_donor(loaded: LoadedRecipe, members: Members, donor: Member, notes
     chosen = members.of(source) if isinstance(source, ModelRef) else donor
     if source is not None and not tokenizer_files(chosen.checkpoint.folder):
         raise loaded.error(
-            ("tokenizer_source",), f"{chosen.ref} has no tokenizer files", "name the model whose tokenizer the output shall have"
+            ("tokenizer_source",),
+            f"{chosen.ref} has no tokenizer files",
+            "name the model whose tokenizer the output shall have",
         )
     for other in members:
         if other is chosen or not vocabularies_differ(chosen.checkpoint.folder, other.checkpoint.folder):
@@ -29,8 +31,8 @@ def tokenizer_donor(loaded: LoadedRecipe, members: Members, donor: Member, notes
         if source is not None:
             raise loaded.error(
                 ("tokenizer_source",),
-                f"the vocabularies of {chosen.ref} and {other.ref} differ, and merging vocabularies is not supported yet",
-                "merge models with the same tokenizer",
+                f"the vocabularies of {chosen.ref} and {other.ref} differ",
+                "merge models with the same tokenizer; merging vocabularies is not supported yet",
             )
         notes.append(f"the tokenizers of {chosen.ref.label} and {other.ref.label} differ; the output has the former")
     return chosen

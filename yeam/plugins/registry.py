@@ -1,4 +1,4 @@
-"""Plugins by name. A plugin is a function plan → plan: it picks jobs, swaps their method or parameters, adds or drops them."""
+"""Plugins by name. A plugin is a function plan → plan: it changes jobs, adds them or drops them."""
 
 from __future__ import annotations
 
@@ -42,9 +42,28 @@ def plugins() -> Mapping[str, Plugin]:
 def apply_plugin(plan: Plan, name: str, options: Mapping[str, Any], where: str) -> Plan:
     """Run one plugin of the recipe on the plan.
 
-    `name` is a registered name, or `package.module:name` for a plugin that importing that module registers. Raises ConfigError for an
-    unknown plugin or unknown options, YeamError when the plugin returns something that is no plan.
+    `name` is a registered name, or `package.module:name` for a plugin that importing that module registers. Raises
+    ConfigError for an unknown plugin or unknown options, YeamError for a plugin that fails or returns something that
+    is no plan.
     """
+    function = _find(name, where)
+    try:
+        inspect.signature(function).bind(plan, **options)
+    except TypeError as error:
+        known = ", ".join(_options(function)) or "none"
+        raise ConfigError(f"{where}: plugin {name!r}: {error}", f"its options are: {known}") from None
+    try:
+        result = function(plan, **options)
+    except YeamError as error:
+        raise type(error)(f"{where}: plugin {name!r}: {error.message}", error.remedy) from error
+    except Exception as error:
+        raise YeamError(f"{where}: plugin {name!r} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(result, Plan):
+        raise YeamError(f"{where}: plugin {name!r} returned {type(result).__name__}, not a plan")
+    return result
+
+
+def _find(name: str, where: str) -> Plugin:
     _load()
     module, _, plain = name.rpartition(":")
     if module:
@@ -52,22 +71,19 @@ def apply_plugin(plan: Plan, name: str, options: Mapping[str, Any], where: str) 
             importlib.import_module(module)
         except Exception as error:
             raise ConfigError(
-                f"{where}: plugin module {module!r} cannot be imported: {error}",
-                "install the package that brings it, or repair it; `--debug` shows the traceback",
+                f"{where}: the plugin module {module!r} cannot be imported: {error}",
+                "install its package, or put its folder on PYTHONPATH",
             ) from error
     if plain not in _PLUGINS:
         raise ConfigError(
             f"{where}: unknown plugin {plain!r}{suggest(plain, _PLUGINS)}",
             "install the package that brings it, or name it as `package.module:plugin`",
         )
-    try:
-        inspect.signature(_PLUGINS[plain]).bind(plan, **options)
-    except TypeError as error:
-        raise ConfigError(f"{where}: plugin {plain!r} does not take these options: {error}") from None
-    result = _PLUGINS[plain](plan, **options)
-    if not isinstance(result, Plan):
-        raise YeamError(f"plugin {plain!r} returned {type(result).__name__}, not a plan")
-    return result
+    return _PLUGINS[plain]
+
+
+def _options(function: Plugin) -> list[str]:
+    return list(inspect.signature(function).parameters)[1:]
 
 
 @cache

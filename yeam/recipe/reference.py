@@ -30,7 +30,7 @@ class ModelRef:
 
     @property
     def label(self) -> str:
-        """The name for files that are published: a folder under the current directory relative to it, else as written."""
+        """The name in published files: relative to the current directory for a folder below it, else as written."""
         name = self.written or self.path
         if os.path.isabs(self.path) and os.path.relpath(self.path).split(os.sep)[0] != os.pardir:
             name = os.path.relpath(self.path)

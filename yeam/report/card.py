@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import replace
 
 import yaml
 
@@ -25,13 +26,14 @@ def model_card(plan: Plan, loaded: LoadedRecipe, name: str) -> str:
     if hub:
         front = {"base_model": hub, "base_model_relation": "merge", **front}
     base = loaded.recipe.base_model
+    count = len({ref for ref in refs if ref != base})
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).rstrip(),
         "---",
         f"# {_plain(name)}",
         "",
-        f"A merge of {len(plan.models)} model(s) made with YeAM {__version__}, method `{plan.method}`"
+        f"A merge of {count} model{'s' * (count != 1)} made with YeAM {__version__}, method `{plan.method}`"
         + (f", on the base model {_link(base)}." if base is not None else "."),
         "",
         "## Models",
@@ -42,8 +44,8 @@ def model_card(plan: Plan, loaded: LoadedRecipe, name: str) -> str:
         "",
         _fenced(loaded.text, "yaml"),
         "",
-        f"{plan.total_parameters:,} parameters in {len(plan.jobs)} tensors. `yeam_report.json` has every tensor's method, "
-        "norms and checksum; `yeam_config.yaml` is the recipe.",
+        f"{plan.total_parameters:,} parameters in {len(plan.jobs)} tensors. `yeam_report.json` has "
+        "every tensor's method, norms and checksum; `yeam_config.yaml` is the recipe.",
         "",
     ]
     return "\n".join(lines)
@@ -52,14 +54,14 @@ def model_card(plan: Plan, loaded: LoadedRecipe, name: str) -> str:
 def _link(ref: ModelRef) -> str:
     if not ref.is_local() and _HUB_ID.fullmatch(ref.path) and ref.lora is None:
         return f"[{_plain(ref.path)}](https://huggingface.co/{ref.path})"
-    # a folder's place on the author's machine is nobody else's business
-    text = (
-        str(ref)
-        if not ref.is_local()
-        else ref.path.rstrip("/").rpartition("/")[2]
-        + (f"+{ref.lora.path.rstrip('/').rpartition('/')[2]}" if ref.lora is not None else "")
-    )
-    return f"`{_plain(text).replace('`', '')}`"
+    parts = [_name(part) for part in (ref, ref.lora) if part is not None]
+    return f"`{html.escape(' '.join('+'.join(parts).split()), quote=False).replace('`', '')}`"
+
+
+def _name(ref: ModelRef) -> str:
+    """A model without its adapter: a folder's place on the author's machine is nobody else's business."""
+    name = replace(ref, lora=None).label
+    return name if not ref.is_local() or not name.startswith(("/", "~", "..")) else ref.path.rpartition("/")[2]
 
 
 def _plain(text: str) -> str:

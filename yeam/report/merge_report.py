@@ -20,9 +20,9 @@ _PACKAGES = ("torch", "safetensors", "transformers", "huggingface_hub", "numpy")
 class MergeReport:
     """The result of a merge.
 
-    `tensors` holds, for each output tensor, its method, role, inputs, checksum (XXH3-128 of its bytes), the norm of its values and what the
-    method noted: norms of the updates, their agreement, the step taken. `totals` sums them up; `seconds` is wall time of this
-    run; `resumed` counts tensors taken over from an interrupted run.
+    `tensors` holds, for each output tensor, its method, role, inputs, checksum (XXH3-128 of its bytes), the norm of
+    its values and what the method noted: norms of the updates, their agreement, the step taken. `totals` sums them up;
+    `seconds` is wall time of this run; `resumed` counts tensors taken over from an interrupted run.
     """
 
     out: Path
@@ -91,7 +91,9 @@ def _totals(plan: Plan, tensors: list[dict[str, Any]]) -> dict[str, Any]:
     parts = [part for part in noted if {"update_norms", "agreement", "base_norm", "moved"} <= part.keys()]
     squares = [sum(norm * norm for norm in part["update_norms"]) for part in parts]
     if sum(squares) > 0:
-        totals["mean_agreement"] = sum(part["agreement"] * square for part, square in zip(parts, squares)) / sum(squares)
+        totals["mean_agreement"] = sum(part["agreement"] * square for part, square in zip(parts, squares)) / sum(
+            squares
+        )
         base = sum(part["base_norm"] ** 2 for part in parts)
         totals["relative_change"] = (sum(part["moved"] ** 2 for part in parts) / base) ** 0.5 if base > 0 else None
     return totals

@@ -16,15 +16,17 @@ _LITERAL_LENGTH = 20  # mergekit's rule: shorter texts, or ones without a brace,
 def named_templates() -> tuple[str, ...]:
     """The names of the templates that come with YeAM."""
     folder = files("yeam.vocabulary") / "templates"
-    return tuple(sorted(entry.name.removesuffix(".jinja") for entry in folder.iterdir() if entry.name.endswith(".jinja")))
+    return tuple(
+        sorted(entry.name.removesuffix(".jinja") for entry in folder.iterdir() if entry.name.endswith(".jinja"))
+    )
 
 
 def resolve_chat_template(setting: str | None, folders: Sequence[Path]) -> str | None:
     """The Jinja text for a recipe's `chat_template:`; None to keep what the tokenizer has.
 
-    `auto` is the most common template among the model folders (the first of equals; None if none has one), a name one of
-    `named_templates()`, anything with a brace and at least 20 characters literal Jinja. Raises ConfigError for an unknown name and
-    for a template that does not compile.
+    `auto` is the most common template among the model folders (the first of equals; None if none has one), a name one
+    of `named_templates()`, anything with a brace and at least 20 characters literal Jinja. Raises ConfigError for an
+    unknown name and for a template that does not compile.
     """
     if setting is None:
         return None

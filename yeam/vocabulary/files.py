@@ -1,4 +1,4 @@
-"""The files around the weights: which of a model's files belong to its tokenizer, and whether two vocabularies are the same."""
+"""The files around the weights: which belong to the tokenizer, and whether two vocabularies are the same."""
 
 from __future__ import annotations
 
@@ -30,11 +30,19 @@ OTHER_FILES = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+_VOCABULARY_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """Name in the output → file of the tokenizer in `folder`, chat templates included. Only plain files directly there."""
+    """Name in the output → file of the tokenizer in `folder`, with chat templates. Only plain files directly there."""
     found = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
     extra = folder / "additional_chat_templates"
     if extra.is_dir():
@@ -57,8 +65,9 @@ def code_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
 def vocabularies_differ(one: Path, other: Path) -> bool:
     """Whether two model folders have different tokens or ids, as far as their files tell.
 
-    Files of one name with the same bytes are equal; otherwise `tokenizer.json` and `vocab.json` are compared token by token. Where one
-    folder has no tokenizer there is nothing to differ; formats that only a tokenizer library reads differ by their bytes.
+    Files of one name with the same bytes are equal; otherwise `tokenizer.json` and `vocab.json` are compared token by
+    token. Where one folder has no tokenizer there is nothing to differ; formats that only a tokenizer library reads
+    differ by their bytes.
     """
     first, second = ({n: folder / n for n in _VOCABULARY_FILES if (folder / n).is_file()} for folder in (one, other))
     if not first or not second:
@@ -66,7 +75,9 @@ def vocabularies_differ(one: Path, other: Path) -> bool:
     common = [name for name in first if name in second]
     if any(first[name].read_bytes() == second[name].read_bytes() for name in common):
         return False
-    readings = [(_tokens(first[name]), _tokens(second[name])) for name in common if name in ("tokenizer.json", "vocab.json")]
+    readings = [
+        (_tokens(first[name]), _tokens(second[name])) for name in common if name in ("tokenizer.json", "vocab.json")
+    ]
     return not any(mine is not None and mine == theirs for mine, theirs in readings)
 
 

@@ -1,0 +1,43 @@
+"""Inputs for a method, without an engine.
+
+Legend: K sources, T elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from yeam.methods import Tile
+
+
+class HeldInputs:
+    """Inputs of one tensor that lie in memory, served in tiles of the given size."""
+
+    def __init__(
+        self,
+        sources_KT: Tensor,
+        base: Tensor | None,
+        shape: tuple[int, ...],
+        tile: int = 1 << 18,
+        name: str = "model.weight",
+    ) -> None:
+        self.name, self.shape, self.K, self.has_base = name, shape, len(sources_KT), base is not None
+        self.device, self.dtype = sources_KT.device, sources_KT.dtype
+        self.facts: list[dict[str, object]] = []
+        self._sources_KT, self._base, self._tile = sources_KT.reshape(self.K, -1), base, tile
+
+    def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
+        stop = self._sources_KT.shape[1] if stop is None else stop
+        for begin in range(start, stop, self._tile):
+            end = min(begin + self._tile, stop)
+            base_T = self._base.flatten()[begin:end].clone() if self._base is not None else None
+            yield Tile(begin, end, self._sources_KT[: 0 if base_only else None, begin:end].clone(), base_T)
+
+    def hold(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype)
+
+    def record(self, **facts: object) -> None:
+        self.facts.append(facts)

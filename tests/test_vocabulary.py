@@ -1,0 +1,161 @@
+"""Tokenizer files and chat templates of the output, as transformers reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import yeam
+from yeam.errors import ConfigError
+from yeam.vocabulary.chat import named_templates
+
+Llama = Callable[..., Path]
+WORDS = ("<unk>", "<s>", "</s>", "Hi", "there", "more")
+TALK = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "More?"},
+]
+
+
+def add_tokenizer(folder: Path, words: Sequence[str] = WORDS, template: str | None = None, **special: str) -> Path:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **(special or {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"})
+    )
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return folder
+
+
+def recipe(*folders: Path, **keys: Any) -> dict[str, Any]:
+    return {
+        "merge_method": "linear",
+        "models": [{"model": str(f)} for f in folders],
+        "parameters": {"weight": 1},
+        **keys,
+    }
+
+
+def refuses(config: Any, *words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        yeam.plan(config)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+FORMATS = {
+    "chatml": (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nMore?<|im_end|>\n",
+        "<|im_start|>assistant\n",
+    ),
+    "llama3": (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nMore?<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "mistral": ("<s>[INST] Be kind.\n\nHi [/INST] Hello</s>[INST] More? [/INST]", ""),
+    "alpaca": (
+        "<s>Be kind.\n\n### Instruction:\nHi\n\n### Response:\nHello</s>\n\n### Instruction:\nMore?\n\n",
+        "### Response:\n",
+    ),
+    "exaone": (
+        "[|system|]Be kind.[|endofturn|]\n[|user|]Hi\n[|assistant|]Hello[|endofturn|]\n[|user|]More?\n",
+        "[|assistant|]",
+    ),
+}
+
+
+def test_named_templates(tmp_path: Path, llama: Llama) -> None:
+    """Each renders, from the output folder, the format that its models know, also without special tokens."""
+    assert set(named_templates()) == set(FORMATS)
+    inline = add_tokenizer(llama("inline"), template="inline {{ messages }}")
+    (inline / "chat_template.jinja").unlink()
+    settings = json.loads((inline / "tokenizer_config.json").read_text())
+    (inline / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "inline {{ messages }}"}))
+    bare = add_tokenizer(llama("bare"), unk_token="<unk>")
+    for name, (text, prompt) in FORMATS.items():
+        out = tmp_path / "out" / name
+        yeam.merge(recipe(inline, chat_template=name), out)
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        assert tokenizer.apply_chat_template(TALK, tokenize=False) == text, name
+        assert tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True) == text + prompt, name
+        assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
+        yeam.merge(recipe(bare, chat_template=name), tmp_path / "bare-out" / name)
+        plain = AutoTokenizer.from_pretrained(tmp_path / "bare-out" / name).apply_chat_template(TALK, tokenize=False)
+        assert plain == text.replace("<s>", "").replace("</s>", "")
+
+
+def test_which_template(tmp_path: Path, llama: Llama) -> None:
+    """Without the key the tokenizer's own; `auto` the most common, the first of equals; literal Jinja as it is."""
+    one, two = "{{ messages[0]['content'] }} 1", "{{ messages[0]['content'] }} 2"
+    a, b, c = (add_tokenizer(llama(n), template=t) for n, t in (("a", one), ("b", two), ("c", two)))
+    none = llama("none")
+
+    def chosen(*folders: Path, **keys: Any) -> str | None:
+        return yeam.plan(recipe(*folders, **keys)).chat_template
+
+    assert chosen(a, b, c) is None
+    assert chosen(a, b, c, chat_template="auto") == two
+    assert chosen(a, b, chat_template="auto") == one and chosen(none, b, chat_template="auto") == two
+    assert chosen(none, chat_template="auto") is None
+    assert chosen(a, chat_template=two) == two
+    yeam.merge(recipe(a, b, c, chat_template="auto"), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template(TALK, tokenize=False) == "Be kind. 2"
+    yeam.merge(recipe(a, b), tmp_path / "own")
+    assert (tmp_path / "own" / "chat_template.jinja").read_text() == one
+
+    refuses(recipe(a, chat_template="chatlm"), "chatlm", "did you mean 'chatml'")
+    refuses(
+        recipe(a, chat_template="{% for m in messages %}\n{{ m.content }"), "chat template does not compile: line 2"
+    )
+    marked = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"  # a tag of transformers
+    )
+    assert chosen(a, chat_template=marked) == marked
+
+
+def test_tokenizer_source(tmp_path: Path, llama: Llama) -> None:
+    """Equal vocabularies pass, however they are written down; different ones are refused with both names."""
+    a, b, other = (add_tokenizer(llama(n), w) for n, w in (("a", WORDS), ("b", WORDS), ("other", WORDS[::-1])))
+    rewritten = json.loads((b / "tokenizer.json").read_text())
+    (b / "tokenizer.json").write_text(json.dumps(rewritten))
+    (b / "special_tokens_map.json").write_text('{"from": "b"}')
+    assert (a / "tokenizer.json").read_bytes() != (b / "tokenizer.json").read_bytes()
+    bare = llama("bare")
+
+    for source, folder in (("union", a), ("base", b), (str(b), b)):
+        out = tmp_path / "out" / str(source == "union") / Path(source).name
+        yeam.merge(recipe(a, b, bare, base_model=str(b if source == "base" else a), tokenizer_source=source), out)
+        assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+        assert (out / "special_tokens_map.json").exists() is (folder == b)
+        assert AutoTokenizer.from_pretrained(out)("Hi there").input_ids == [3, 4]
+
+    refuses(recipe(a, other, tokenizer_source="union"), str(a), str(other), "differ", "not supported yet")
+    refuses(recipe(a, tokenizer_source="base"), "needs a base model")
+    refuses(recipe(bare, a, tokenizer_source=str(bare)), "has no tokenizer files")
+    noted = yeam.plan(recipe(a, other))
+    assert any("tokenizers of" in note and "differ" in note for note in noted.notes)
+    assert not any("tokenizers" in note for note in yeam.plan(recipe(a, b, bare)).notes)
+
+
+def test_sentencepiece_files(llama: Llama) -> None:
+    """What only a tokenizer library reads is compared byte by byte; a broken file is no crash."""
+    a, b = llama("a"), llama("b")
+    for folder, model in ((a, b"\x0a1"), (b, b"\x0a1")):
+        (folder / "tokenizer.model").write_bytes(model)
+    (b / "tokenizer.json").write_text("{]")
+    assert yeam.plan(recipe(a, b, tokenizer_source="union")).tokenizer_donor == 0
+    (b / "tokenizer.model").write_bytes(b"\x0a2")
+    refuses(recipe(a, b, tokenizer_source="union"), "differ")

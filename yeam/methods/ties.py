@@ -1,0 +1,48 @@
+"""TIES: the largest entries of each task vector, merged where their signs agree.
+
+Legend: K sources.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from yeam.methods.inputs import Inputs
+from yeam.methods.mixing import merge_deltas
+from yeam.methods.registry import PerSource, Whole, merge_method
+from yeam.methods.selection import Cutter, largest
+from yeam.methods.statistics import Erase
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@merge_method("ties", base="required", needs=Whole)
+def ties(
+    inputs: Inputs,
+    *,
+    weight: PerSource[float],
+    density: PerSource[float] = (1.0,),
+    normalize: bool = True,
+    rescale: bool = False,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> Iterator[Tensor]:
+    """Largest entries of each update, merged by the majority's sign (Yadav et al. 2023).
+
+    density: share of each tensor's entries that is kept, exactly int(density · size) of them; of entries of equal magnitude the first
+    are kept. With a density of 0, or so small that no entry is left, the source does not count. normalize: divide by the weights
+    that agree. rescale: give what is kept the L1 norm of the whole update. int8_mask is accepted and has no effect.
+    """
+    size = math.prod(inputs.shape)
+    cuts = largest(inputs, [[int(share * size)] for share in density])
+
+    def begin() -> Erase:
+        cutters = [Cutter(cut) for (cut,) in cuts]
+        return lambda delta_T, k, start: cutters[k](delta_T)
+
+    yield from merge_deltas(
+        inputs, begin, weight=weight, normalize=normalize, rescale=rescale, lambda_=lambda_, consensus=True
+    )
