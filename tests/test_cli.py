@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -191,3 +192,20 @@ def test_where_it_goes(llama, recipe, tmp_path, monkeypatch):
     status, _, stderr = run("merge", path)
     assert status == 2 and f"{here / 'soup'} exists" in stderr
     assert run("merge", path, "--overwrite", "-q") == (0, "", "")
+
+
+def test_interrupt_that_is_swallowed(pair, tmp_path, monkeypatch):
+    """numpy's import, for one, makes an ImportError of a KeyboardInterrupt."""
+
+    def importing(*arguments: object, **options: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("cannot load module more than once per process") from None
+
+    monkeypatch.setattr("yeam.api.merge", importing)
+    before = signal.getsignal(signal.SIGINT)
+    status, stdout, stderr = run("merge", pair, tmp_path / "out")
+    assert (status, stdout) == (130, "")
+    assert stderr == "error: interrupted\n  run the same command again to continue\n"
+    assert signal.getsignal(signal.SIGINT) is before

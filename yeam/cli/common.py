@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -23,7 +26,7 @@ ShardSize = Annotated[str | None, typer.Option(metavar="SIZE", help="Largest siz
 Like = Annotated[str | None, typer.Option(metavar="TOOL", help="`mergekit`: round as mergekit does (`math: exact`).")]
 AllowNan = Annotated[bool, typer.Option("--allow-nan", help="Merge inputs that hold NaN or Inf all the same.")]
 
-INTERRUPTED = 130
+_INTERRUPTION = ("interrupted", "run the same command again to continue", 130)
 
 
 @contextmanager
@@ -33,11 +36,12 @@ def handled(debug: bool, as_json: bool = False) -> Iterator[None]:
     The status is the same with `debug`, which prints the traceback before the message.
     """
     try:
-        yield
+        with _noticed() as interrupts:
+            yield
     except (typer.Exit, typer.Abort, BrokenPipeError):  # typer itself leaves quietly when nobody reads any more
         raise
     except KeyboardInterrupt:
-        message, remedy, status = "interrupted", "run the same command again to continue", INTERRUPTED
+        message, remedy, status = _INTERRUPTION
     except YeamError as error:
         message, remedy, status = error.message, error.remedy, error.exit_status
         if debug:
@@ -45,11 +49,33 @@ def handled(debug: bool, as_json: bool = False) -> Iterator[None]:
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         remedy, status = "report it, with the traceback that --debug shows", 1
+        if interrupts:
+            message, remedy, status = _INTERRUPTION
         if debug:
             traceback.print_exc()
     else:
         return
     fail(message, remedy, status, as_json)
+
+
+@contextmanager
+def _noticed() -> Iterator[list[int]]:
+    """The interrupts so far: some packages turn one in the middle of their import into an error of another kind."""
+    interrupts: list[int] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield interrupts
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def fail(message: str, remedy: str, status: int, as_json: bool) -> NoReturn:

@@ -54,7 +54,8 @@ def plan(
         files = f"{len(planned.shards)} file{'s' if len(planned.shards) > 1 else ''}"
         console.print(
             f"{len(planned.jobs):,} tensors, {planned.total_parameters:,} parameters; "
-            f"reads {human(costs['read_bytes'])}, writes {human(planned.total_bytes)} in {files}; peak memory about {human(costs['peak_memory'])}",
+            f"reads {human(costs['read_bytes'])}, writes {human(planned.total_bytes)} in {files}; "
+            f"peak memory about {human(costs['peak_memory'])}",
             highlight=False,
         )
         for note in planned.notes:

@@ -5,12 +5,13 @@ Legend: K sources.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from yeam.methods.choices import Choices, held_bytes
 from yeam.methods.inputs import Inputs
 from yeam.methods.mixing import merge_deltas
-from yeam.methods.random_bits import RandomBits, keep_, stream_key, threshold
+from yeam.methods.random_bits import threshold
 from yeam.methods.registry import PerSource, Whole, merge_method
 from yeam.methods.statistics import Sparsifier
 
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merge_method("dare_linear", base="required", needs=Whole)
+def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
+    return held_bytes(shape, K, values["rescale"])
+
+
+@merge_method("dare_linear", base="required", needs=Whole, resident=_resident)
 def dare_linear(
     inputs: Inputs,
     *,
@@ -32,18 +37,18 @@ def dare_linear(
 ) -> Iterator[Tensor]:
     """Weighted sum of updates with entries dropped at random (Yu et al. 2024).
 
-    density: probability that an entry is kept; 1 keeps all, 0 none. rescale: give what is kept the L1 norm of the whole update (as
-    mergekit does; the paper divides by the density, which is its expectation). seed: of the choice, which depends besides on the
-    tensor's name, the source's position and the element only. int8_mask is accepted and has no effect.
+    density: probability that an entry is kept; 1 keeps all, 0 none. rescale: give what is kept the L1 norm of the whole update
+    (as mergekit does; the paper divides by the density, which is the same in expectation). seed: of the choice, which depends
+    besides only on the tensor's name, the source's position and the element. int8_mask is accepted and has no effect.
     """
     yield from merge_deltas(
         inputs,
-        _dropout(inputs, density, seed),
+        _dropout(inputs, density, seed, rescale),
         weight=weight, normalize=normalize, rescale=rescale, lambda_=lambda_, consensus=False,
     )  # fmt: skip
 
 
-@merge_method("dare_ties", base="required", needs=Whole)
+@merge_method("dare_ties", base="required", needs=Whole, resident=_resident)
 def dare_ties(
     inputs: Inputs,
     *,
@@ -61,19 +66,11 @@ def dare_ties(
     """
     yield from merge_deltas(
         inputs,
-        _dropout(inputs, density, seed),
+        _dropout(inputs, density, seed, rescale),
         weight=weight, normalize=normalize, rescale=rescale, lambda_=lambda_, consensus=True,
     )  # fmt: skip
 
 
-def _dropout(inputs: Inputs, density: Sequence[float], seed: int) -> Sparsifier:
-    bits = RandomBits(inputs.device)
-    keys = [stream_key(seed, inputs.name, k) for k in range(inputs.K)]
-
-    def erase(delta_T: Tensor, k: int, start: int) -> None:
-        if density[k] <= 0:
-            delta_T.zero_()
-        elif density[k] < 1:
-            keep_(delta_T, bits.chosen(keys[k], start, start + len(delta_T), threshold(density[k])))
-
-    return lambda: erase
+def _dropout(inputs: Inputs, density: Sequence[float], seed: int, rescale: bool) -> Sparsifier:
+    bounds = [threshold(share) for share in density]
+    return Choices(inputs, density, seed, lambda delta_T, k: bounds[k], rescale=rescale).begin

@@ -18,9 +18,8 @@ from yeam.methods.registry import Whole, merge_method
 if TYPE_CHECKING:
     from torch import Tensor
 
-HELD_BYTES = (
-    64 << 20
-)  # in half precision the mean of a tensor up to this size is kept and not computed again from its steps
+# in half precision the mean of a tensor up to this size is kept and not computed again from its steps
+HELD_BYTES = 64 << 20
 
 
 def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:

@@ -63,7 +63,7 @@ def ramplus_tl(
 
 
 def _changes(delta_KT: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The differences larger than ε and zeros for others, in place, and where they are: 0 and 1, [K, T] of their dtype."""
+    """Differences larger than ε, zeros for others, in place; and where they are: 0 and 1, [K, T] of their dtype."""
     import torch
 
     torch.ops.aten.hardshrink.out(delta_KT, rounded(epsilon, delta_KT.dtype), out=delta_KT)

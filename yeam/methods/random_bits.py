@@ -1,8 +1,8 @@
 """Random numbers that are a function of where they are used: seed, tensor name, source and element index, and of nothing else.
 
-Tiling, schedule, number of processes and device therefore do not change them. The generator is SplitMix64 (Steele, Lea and Flood,
-"Fast splittable pseudorandom number generators", OOPSLA 2014, with Stafford's 13th mixing function): its n-th output is a hash of
-key + n·γ, so any stretch of it can be had at once. Every 64-bit output serves two elements, 31 bits each.
+Tiling, schedule, number of processes and device therefore do not change them. The generator is SplitMix64 (Steele, Lea and
+Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, with Stafford's 13th mixing function): its n-th output is
+a hash of key + n·γ, so any stretch of it can be had at once. Every 64-bit output serves two elements, 31 bits each.
 
 Legend: T elements of a tile.
 """
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from typing import TYPE_CHECKING
-
-from yeam.methods.statistics import integers
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +23,8 @@ BITS = 31
 
 def stream_key(seed: int, name: str, source: int) -> int:
     """The 64-bit key of one source's stream for one tensor."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}\n{source}\n{name}".encode(), digest_size=8).digest(), "little")
+    text = f"{seed}\n{source}\n{name}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def threshold(probability: float) -> int:
@@ -69,16 +68,9 @@ class RandomBits:
         pairs_T.bitwise_and_(0x7FFFFFFF_7FFFFFFF)
         return pairs_T.view(torch.int32)[start - 2 * first : stop - 2 * first]
 
-    def chosen(self, key: int, start: int, stop: int, bound: int | Tensor) -> Tensor:
-        """−1 for the elements whose word lies below the bound (one, or one an element), 0 for others; int32 [stop − start]."""
-        word_T = self.words31(key, start, stop)
-        return word_T.sub_(bound).bitwise_right_shift_(BITS)
-
-
-def keep_(delta_T: Tensor, chosen_T: Tensor) -> None:
-    """Zero where chosen_T (int32) is 0, unchanged where it is −1."""
-    bits_T = integers(delta_T)
-    bits_T.bitwise_and_(chosen_T if bits_T.dtype == chosen_T.dtype else chosen_T.to(bits_T.dtype))
+    def below(self, key: int, start: int, stop: int, bound: int | Tensor) -> Tensor:
+        """−1 for the elements whose word lies below the bound (one, or one an element), 0 for the others; as `words31`."""
+        return self.words31(key, start, stop).sub_(bound).bitwise_right_shift_(BITS)
 
 
 def _signed(value: int) -> int:

@@ -1,8 +1,8 @@
 """The k-th largest magnitudes of a tensor, exactly, by counting: a radix selection from the bits of the magnitudes.
 
-The bits of a float without its sign, read as an integer, sort as the magnitudes do. bfloat16 and float16 have 32,768 of them: one
-pass over the tensor counts them all. float32 takes two passes of 16 bits, float64 four. Elements of equal magnitude are ranked by their
-index, the first one highest, so that exactly k elements are chosen, however the tensor is tiled.
+The bits of a float without its sign, read as an integer, sort as the magnitudes do. bfloat16 and float16 have 32,768 of them:
+one pass over the tensor counts them all. float32 takes two passes of 16 bits, float64 four. Elements of equal magnitude are
+ranked by their index, the first one highest, so that exactly k elements are chosen, however the tensor is tiled.
 
 Legend: K sources, T elements of a tile.
 """
@@ -12,15 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from yeam.methods.inputs import Inputs
-from yeam.methods.statistics import deltas_, integers
+from yeam.methods.statistics import delta_, integers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DIGIT = 16  # bits counted in one pass
+PENDING = 1 << 20  # digits gathered before they are counted
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,12 @@ class Cutter:
         elif cut.ties == cut.equal:
             _shrink_(delta_T, cut.below)
         else:
-            equal = _positions(delta_T, cut.value)
+            equal_T = _equal(delta_T, cut.value)
+            count = int(equal_T.sum())
+            if count > self._ties:
+                delta_T[equal_T.nonzero().flatten()[self._ties :]] = 0.0
             _shrink_(delta_T, cut.below)
-            if len(equal) > self._ties:
-                delta_T[equal[self._ties :]] = 0.0
-            self._ties = max(0, self._ties - len(equal))
+            self._ties = max(0, self._ties - count)
 
 
 def largest(inputs: Inputs, counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
@@ -70,9 +72,9 @@ def largest(inputs: Inputs, counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
     searches = [[_Search(count) for count in row] for row in counts]
     active = [[search for search in row if 0 < search.count < size] for row in searches]
     if any(active):
-        width = 8 * inputs.dtype.itemsize
-        for shift in range(width - DIGIT, -1, -DIGIT):
-            _count(inputs, active, shift, first=shift == width - DIGIT)
+        top = 8 * inputs.dtype.itemsize - DIGIT
+        for shift in range(top, -1, -DIGIT):
+            _count(inputs, active, shift, first=shift == top)
     return [[search.cut(size, inputs) for search in row] for row in searches]
 
 
@@ -103,49 +105,79 @@ class _Search:
         return Cut(self.count, size, value, below, self.rank, self.equal)
 
 
-def _count(inputs: Inputs, searches: Sequence[Sequence[_Search]], shift: int, *, first: bool) -> None:
-    """One pass: count the digit at `shift` of every magnitude that shares a search's prefix, and take the searches one digit on."""
-    import torch
+class _Histogram:
+    """How often each digit occurs at `shift` among the magnitudes that start with `prefix`."""
 
-    bins = 1 << (DIGIT - 1 if first else DIGIT)  # the first digit has lost the sign
+    def __init__(self, prefix: int, shift: int, first: bool, device: Any) -> None:
+        import torch
+
+        self._prefix, self._shift, self._first = prefix, shift, first
+        self._bins = 1 << (DIGIT - 1 if first else DIGIT)  # the first digit has lost the sign
+        self._counts = torch.zeros(self._bins, dtype=torch.int64, device=device)
+        self._pending: list[Tensor] = []
+
+    def add(self, magnitude_T: Tensor) -> None:
+        import torch
+
+        if self._first:
+            digits_T = magnitude_T >> self._shift if self._shift else magnitude_T
+            self._counts += torch.bincount(digits_T, minlength=self._bins)
+            return
+        self._pending.append(self._following(magnitude_T))
+        if sum(map(len, self._pending)) >= PENDING:
+            self.counts()
+
+    def counts(self) -> Tensor:
+        """int64 [bins], on the CPU."""
+        import torch
+
+        if self._pending:
+            self._counts += torch.bincount(torch.cat(self._pending), minlength=self._bins)
+            self._pending = []
+        return self._counts.cpu()
+
+    def _following(self, magnitude_T: Tensor) -> Tensor:
+        """The digits of the magnitudes that start with the prefix."""
+        import torch
+
+        low, span = self._prefix << (self._shift + DIGIT), 1 << (self._shift + DIGIT)
+        if magnitude_T.device.type != "cpu":
+            chosen_T = magnitude_T[(magnitude_T >= low) & (magnitude_T < low + span)]
+        else:  # numpy finds the few of a tile ten times faster
+            offset = magnitude_T.numpy() - low
+            unsigned = offset.view(offset.dtype.str.replace("i", "u"))
+            return torch.from_numpy(offset[unsigned < span] >> self._shift)
+        return (chosen_T - low) >> self._shift
+
+
+def _count(inputs: Inputs, searches: Sequence[Sequence[_Search]], shift: int, *, first: bool) -> None:
+    """One pass: count the digits at `shift` that follow each search's prefix, and take the searches one digit on."""
     histograms = {
-        (k, search.prefix): torch.zeros(bins, dtype=torch.int64, device=inputs.device)
+        (k, search.prefix): _Histogram(search.prefix, shift, first, inputs.device)
         for k, row in enumerate(searches)
         for search in row
     }
     for tile in inputs.tiles():
-        delta_KT = deltas_(tile)
-        magnitudes = {k: integers(delta_KT[k].abs_()) for k, row in enumerate(searches) if row}
-        for (k, prefix), histogram in histograms.items():
-            digits_T = _digits(magnitudes[k], prefix, shift, first)
-            histogram += torch.bincount(digits_T, minlength=bins)
+        magnitudes = {k: integers(delta_(tile, k).abs_()) for k, row in enumerate(searches) if row}
+        for (k, _), histogram in histograms.items():
+            histogram.add(magnitudes[k])
     for k, row in enumerate(searches):
         for search in row:
-            search.descend(histograms[k, search.prefix].cpu())
+            search.descend(histograms[k, search.prefix].counts())
 
 
-def _digits(magnitude_T: Tensor, prefix: int, shift: int, first: bool) -> Tensor:
-    """The digits at `shift` of the magnitudes that start with the prefix."""
+def _equal(delta_T: Tensor, value: float) -> Tensor:
+    """Where |delta_T| equals the value, bool [T]."""
     import torch
 
-    if first:
-        return magnitude_T >> shift if shift else magnitude_T
-    if magnitude_T.device.type != "cpu":
-        return (magnitude_T[magnitude_T >> (shift + DIGIT) == prefix] >> shift) & 0xFFFF
-    array = magnitude_T.numpy()  # which finds the few of a tile ten times faster
-    return torch.from_numpy((array[array >> (shift + DIGIT) == prefix] >> shift) & 0xFFFF)
-
-
-def _positions(delta_T: Tensor, value: float) -> Tensor:
-    """Where |delta_T| equals the value, in order."""
-    import numpy as np
-    import torch
-
-    magnitude_T = integers(delta_T.abs())
-    wanted = int(integers(torch.tensor([value], dtype=delta_T.dtype)))
-    if magnitude_T.device.type != "cpu":
-        return (magnitude_T == wanted).nonzero().flatten()
-    return torch.from_numpy(np.flatnonzero(magnitude_T.numpy() == wanted))
+    positive, negative = integers(torch.tensor([value, -value], dtype=delta_T.dtype)).tolist()
+    bits_T = integers(delta_T)
+    if bits_T.device.type != "cpu":
+        return (bits_T == positive) | (bits_T == negative)
+    bits = bits_T.numpy()
+    equal = bits == positive
+    equal |= bits == negative
+    return torch.from_numpy(equal)
 
 
 def _shrink_(delta_T: Tensor, value: float) -> None:

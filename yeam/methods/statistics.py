@@ -1,6 +1,6 @@
-"""What the methods on task vectors share: updates of a tile, their bits, their L1 norms and the factor that restores them.
+"""What the methods on task vectors share: blocks of a tile, bits, L1 norms and the factor that restores them.
 
-Legend: K sources, T elements of a tile.
+Legend: K sources, T elements of a tile or block.
 """
 
 from __future__ import annotations
@@ -14,52 +14,59 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+BLOCK = 1 << 16  # elements worked on at a time on the CPU: all that they need stays in the second-level cache
 LEAST_NORM = 1e-7  # below this a tensor is as good as zero and is not rescaled
 
 Erase = Callable[["Tensor", int, int], None]
 """(delta_T, k, start): sets to zero, in place, what is dropped of source k's update from element `start` on."""
 
 Sparsifier = Callable[[], Erase]
-"""Begins a pass over the tensor; tiles are then given in order, each source once."""
+"""Begins a pass over the tensor, which gives every source's elements once and in order."""
 
 
-def deltas_(tile: Tile) -> Tensor:
-    """source_k − base, [K, T] in place of the sources, rounded to the tile's dtype."""
-    delta_KT = tile.sources_KT
+def blocks(tile: Tile, granule: int = 1) -> Iterator[Tile]:
+    """The tile in views of about 65,536 elements, multiples of `granule`; the tile itself on another device than the CPU."""
+    size = tile.stop - tile.start
+    step = max(1, BLOCK // granule) * granule
+    if size <= step or tile.sources_KT.device.type != "cpu":
+        yield tile
+        return
+    for begin in range(0, size, step):
+        end = min(begin + step, size)
+        base_T = None if tile.base_T is None else tile.base_T[begin:end]
+        yield Tile(tile.start + begin, tile.start + end, tile.sources_KT[:, begin:end], base_T)
+
+
+def delta_(tile: Tile, k: int) -> Tensor:
+    """source_k − base, [T] in place of the source, rounded to the tile's dtype."""
     assert tile.base_T is not None
-    delta_KT -= tile.base_T
-    return delta_KT
+    return tile.sources_KT[k].sub_(tile.base_T)
 
 
 def integers(x_T: Tensor) -> Tensor:
-    """The bits of a float tensor as integers of the same width, sharing its memory; of numbers ≥ 0 they sort as the numbers do."""
+    """The bits of floats as integers of the same width, sharing their memory. Those of numbers ≥ 0 sort as the numbers do."""
     import torch
 
     return x_T.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x_T.dtype.itemsize])
 
 
-def rounded(value: float, dtype: torch.dtype) -> float:
-    """The number of that dtype nearest to `value`."""
-    import torch
+def rescale_factors(inputs: Inputs, tiles: Iterable[Tile], sparsifier: Sparsifier, granule: int = 1) -> list[float]:
+    """Σ|delta_k| / Σ|what is kept of delta_k| of each source: what makes up for the dropped elements. One pass over `tiles`.
 
-    return float(torch.tensor(value, dtype=torch.float64).to(dtype))
-
-
-def rescale_factors(inputs: Inputs, tiles: Iterable[Tile], sparsifier: Sparsifier) -> list[float]:
-    """Σ|delta_k| / Σ|what is kept of delta_k| for each source: what makes up for the dropped elements. One pass over `tiles`.
-
-    The sums are float64. They and the ratio are rounded to the tiles' dtype, except where a sum does not fit into float16. 1 where a
-    sum is below 1e-7.
+    The sums are float64. They and the ratio are rounded to the tiles' dtype, except where a sum does not fit into float16.
+    1 where a sum is below 1e-7.
     """
     import torch
 
     erase = sparsifier()
     sums_2K = torch.zeros(2, inputs.K, dtype=torch.float64, device=inputs.device)
     for tile in tiles:
-        for k, delta_T in enumerate(deltas_(tile)):
-            sums_2K[0, k] += delta_T.abs().sum(dtype=torch.float64)
-            erase(delta_T, k, tile.start)
-            sums_2K[1, k] += delta_T.abs_().sum(dtype=torch.float64)
+        for block in blocks(tile, granule):
+            for k in range(inputs.K):
+                delta_T = delta_(block, k)
+                sums_2K[0, k] += delta_T.abs().sum(dtype=torch.float64)
+                erase(delta_T, k, block.start)
+                sums_2K[1, k] += delta_T.abs_().sum(dtype=torch.float64)
     return [_ratio(before, after, inputs.dtype) for before, after in sums_2K.T.tolist()]
 
 
@@ -70,6 +77,13 @@ def _ratio(before: float, after: float, dtype: torch.dtype) -> float:
     if max(in_dtype) < float("inf"):
         before, after = in_dtype
     return rounded(before / after, dtype)
+
+
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """The number of that dtype nearest to `value`."""
+    import torch
+
+    return float(torch.tensor(value, dtype=torch.float64).to(dtype))
 
 
 def whole_rows(tiles: Iterable[Tile], columns: int) -> Iterator[Tile]:

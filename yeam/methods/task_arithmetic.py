@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from yeam.methods.mixing import Mix
+from yeam.methods.inputs import Tile
+from yeam.methods.mixing import Mix, mix_tile_
 from yeam.methods.registry import PerSource, merge_method
 
 if TYPE_CHECKING:
@@ -28,9 +29,8 @@ def task_arithmetic(
 ) -> Tensor:
     """Weighted sum of the models' updates from the base (Ilharco et al. 2023).
 
-    x_KT: [K, T], overwritten. Returns base + λ · Σ_k weight_k · (x_k − base) [T], the sum divided by Σ_k weight_k when `normalize`.
-    density, rescale and int8_mask are accepted for mergekit's sake and have no effect.
+    x_KT: [K, T], base_T: [T], both overwritten. Returns base + λ · Σ_k weight_k · (x_k − base) [T], the sum divided by
+    Σ_k weight_k when `normalize`. density, rescale and int8_mask are accepted for mergekit's sake and have no effect.
     """
-    x_KT -= base_T
     mix = Mix(x_KT.dtype, x_KT.device, weight=weight, normalize=normalize, lambda_=lambda_, consensus=False)
-    return mix(x_KT, base_T)
+    return mix_tile_(Tile(0, len(base_T), x_KT, base_T), mix, [1.0] * len(weight))
