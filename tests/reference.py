@@ -32,14 +32,13 @@ def agreement(delta_K):
 
 def spread_columns(x_MN, width, alpha, generator, floor=1e-6):
     """Equalise the columns of x inside frames of `width`, grouped by a random permutation."""
-    M, N = x_MN.shape
-    order = torch.randperm(N, generator=generator)
+    order = torch.randperm(x_MN.shape[1], generator=generator)
     out_MN = torch.empty_like(x_MN)
     grams = [x_MN[:, J].T @ x_MN[:, J] for J in order.split(width)]
     eigen = [torch.linalg.eigh(C) for C in grams]
-    least = floor * max(float(l.max()) for l, _ in eigen)
-    for J, (l, Q) in zip(order.split(width), eigen):
-        out_MN[:, J] = x_MN[:, J] @ (Q * l.clamp(min=least) ** (-alpha / 2)) @ Q.T
+    least = floor * max(float(values.max()) for values, _ in eigen)
+    for J, (values, Q) in zip(order.split(width), eigen):
+        out_MN[:, J] = x_MN[:, J] @ (Q * values.clamp(min=least) ** (-alpha / 2)) @ Q.T
     return out_MN / out_MN.norm()
 
 

@@ -5,6 +5,8 @@ Legend: K sources, T elements, M rows, N columns.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import reference
 import torch
@@ -233,7 +235,7 @@ def test_tall_matrices_are_panels_and_stacks_are_matrices(monkeypatch: pytest.Mo
     delta = 0.1 * torch.randn(2, 50, 12, generator=generator, dtype=torch.float64)
     merged = merge(base + delta, base)
     edges = [0, 16, 33, 50]
-    for top, bottom in zip(edges, edges[1:]):
+    for top, bottom in pairwise(edges):
         expected = reference.merge(base[top:bottom], delta[:, top:bottom])
         torch.testing.assert_close(merged[top:bottom], expected)
     stacked = merge((base + delta)[:, :48].reshape(2, 3, 16, 12), base[:48].view(3, 16, 12))

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import sys
 import tempfile
@@ -37,6 +36,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 import yeam
 
@@ -76,7 +76,7 @@ class Bench:
         for domain in domains:
             total = 0.0
             for ids_BT in self.heldout[domain].split(16):
-                logits_BTV = self.model(input_ids=ids_BT).logits[:, :-1]
+                logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
                 target_n = ids_BT[:, 1:].flatten()
                 total += float(cross_entropy(logits_BTV.flatten(0, 1), target_n, reduction="sum"))
             out[domain] = total / self.heldout[domain][:, 1:].numel()
@@ -87,9 +87,9 @@ class Bench:
         merged = self.losses(weights, subset)
         return {d: (self.base_loss[d] - merged[d]) / (self.base_loss[d] - self.own_loss[d]) for d in subset}
 
-    def step(self, subset: tuple[str, ...], strength: float) -> dict[str, torch.Tensor]:
-        """base + strength · sum of the subset's updates."""
-        return {n: b + strength * sum(self.updates[e][n] for e in subset) for n, b in self.base.items()}
+    def summed(self, subset: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """The sum of the subset's updates."""
+        return {n: torch.stack([self.updates[e][n] for e in subset]).sum(0) for n in self.base}
 
     def yeam(self, subset: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """What `yeam.merge` writes for the subset, with every parameter at its default."""
@@ -115,12 +115,14 @@ def mean(values: Mapping[str, float]) -> float:
 
 def measure(bench: Bench, subset: tuple[str, ...]) -> dict[str, Any]:
     """All methods on one subset. Both rivals walk one line from the base; a point of both grids is evaluated once."""
+    update = bench.summed(subset)
     seen: dict[float, float] = {}
 
     def at(strength: float) -> float:
         key = round(strength, 9)
         if key not in seen:
-            seen[key] = mean(bench.recovery(bench.step(subset, strength), subset))
+            weights = {n: torch.add(b, update[n], alpha=strength) for n, b in bench.base.items()}
+            seen[key] = mean(bench.recovery(weights, subset))
         return seen[key]
 
     arithmetic = {s: at(s) for s in TASK_ARITHMETIC}
@@ -170,7 +172,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()
 
     start = time.perf_counter()
     bench = Bench(args.family)

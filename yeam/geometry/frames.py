@@ -21,8 +21,8 @@ _TILE = 1 << 18  # elements of a band of rows: gathered, multiplied and put back
 def spread_(x_MN: Tensor, *, alpha: float, width: int = 64, rounds: int = 2, seed: int = 0) -> Tensor:
     """Equalise x_MN inside frames of `width` axes, in place, up to a scale that the caller sets afterwards.
 
-    x_MN: [M, N], contiguous, float32 or float64, not all zero. alpha: 0 leaves it alone, 1 flattens every frame. rounds: how often columns
-    and rows are regrouped. seed: of the permutations, drawn on the CPU so that every device sees the same ones.
+    x_MN: [M, N], contiguous, float32 or float64, not all zero. alpha: 0 leaves it alone, 1 flattens every frame.
+    rounds: how often columns and rows are regrouped. seed: of the permutations, drawn on the CPU so that every device sees the same ones.
     Returns x_MN. Memory beyond x_MN: about 3 · (M + N) · width elements.
 
     A round is two passes over bands of rows. The first permutes the columns and gathers their Gram matrices, the second applies
@@ -60,8 +60,8 @@ def spread_(x_MN: Tensor, *, alpha: float, width: int = 64, rounds: int = 2, see
 def spread_spectral_(x_MN: Tensor, *, alpha: float) -> Tensor:
     """The limit of one frame as wide as the matrix: X = U S Vᵀ ← U S^(1−α) Vᵀ, in place, up to a scale.
 
-    x_MN: [M, N], float32 or float64, not all zero. Computed from the Gram matrix of the shorter side and its eigenvectors, with the same floor
-    as the frames. Memory beyond x_MN: about 3 · min(M, N)² elements.
+    x_MN: [M, N], float32 or float64, not all zero. Computed from the Gram matrix of the shorter side and its eigenvectors, with
+    the same floor as the frames. Memory beyond x_MN: about 3 · min(M, N)² elements.
     """
     if alpha == 0:
         return x_MN

@@ -60,7 +60,7 @@ def ray_point(delta_KT: Tensor, softness: float = 4.0, out: Tensor | None = None
 
 
 def _resolve(delta_KT: Tensor, softness: float, out_T: Tensor) -> Tensor:
-    K, T = delta_KT.shape
+    K = len(delta_KT)
     ones = _block_ones(delta_KT.dtype, delta_KT.device)
     product_T = torch.empty_like(out_T)
 

@@ -110,7 +110,8 @@ def merge_method(
 
     base: whether the method uses a base model; `unused` means that a base model donates config and tokenizer only.
     sources: how many, exactly or as (least, most). needs: None, a callable Inputs → statistics, or Whole.
-    resident: for Whole methods, bytes kept in memory. exact: False for a method that is defined in float32 even under `math: exact`. Raises YeamError when the name is taken by another function or when the
+    resident: for Whole methods, bytes kept in memory. exact: False for a method that is defined in float32 even under
+    `math: exact`. Raises YeamError when the name is taken by another function or when the
     signature cannot be a schema.
     """
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from yeam.methods.inputs import Inputs
 from yeam.methods.statistics import delta_, integers
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 DIGIT = 16  # bits counted in one pass
@@ -43,8 +44,11 @@ class Cutter:
     def __init__(self, cut: Cut) -> None:
         self._cut = cut
         self._ties = cut.ties  # how many of those equal to the value may still be kept
+        self._bits: list[int] = []  # of ±value
 
     def __call__(self, delta_T: Tensor) -> None:
+        import torch
+
         cut = self._cut
         if cut.count >= cut.size:
             return
@@ -55,12 +59,34 @@ class Cutter:
         elif cut.ties == cut.equal:
             _shrink_(delta_T, cut.below)
         else:
-            equal_T = _equal(delta_T, cut.value)
-            count = int(equal_T.sum())
+            equal_T = self._equal(delta_T)
+            count = int(torch.count_nonzero(equal_T))
             if count > self._ties:
                 delta_T[equal_T.nonzero().flatten()[self._ties :]] = 0.0
             _shrink_(delta_T, cut.below)
             self._ties = max(0, self._ties - count)
+
+    def _equal(self, delta_T: Tensor) -> Tensor:
+        """Where the magnitude is the cut's value, bool [T]."""
+        import torch
+
+        if not self._bits:
+            value = self._cut.value
+            self._bits = integers(torch.tensor([value, -value], dtype=delta_T.dtype)).tolist()
+        bits_T = integers(delta_T)
+        if bits_T.device.type != "cpu":
+            return (bits_T == self._bits[0]) | (bits_T == self._bits[1])
+        bits = bits_T.numpy()  # numpy compares several times faster
+        equal = bits == self._bits[0]
+        equal |= bits == self._bits[1]
+        return torch.from_numpy(equal)
+
+
+def _shrink_(delta_T: Tensor, value: float) -> None:
+    """Zero where |delta_T| ≤ value, in one operation."""
+    import torch
+
+    torch.ops.aten.hardshrink.out(delta_T, value, out=delta_T)
 
 
 def largest(inputs: Inputs, counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
@@ -108,7 +134,7 @@ class _Search:
 class _Histogram:
     """How often each digit occurs at `shift` among the magnitudes that start with `prefix`."""
 
-    def __init__(self, prefix: int, shift: int, first: bool, device: Any) -> None:
+    def __init__(self, prefix: int, shift: int, device: torch.device, *, first: bool) -> None:
         import torch
 
         self._prefix, self._shift, self._first = prefix, shift, first
@@ -143,17 +169,16 @@ class _Histogram:
         low, span = self._prefix << (self._shift + DIGIT), 1 << (self._shift + DIGIT)
         if magnitude_T.device.type != "cpu":
             chosen_T = magnitude_T[(magnitude_T >= low) & (magnitude_T < low + span)]
-        else:  # numpy finds the few of a tile ten times faster
-            offset = magnitude_T.numpy() - low
-            unsigned = offset.view(offset.dtype.str.replace("i", "u"))
-            return torch.from_numpy(offset[unsigned < span] >> self._shift)
-        return (chosen_T - low) >> self._shift
+            return (chosen_T - low) >> self._shift
+        offset = magnitude_T.numpy() - low  # numpy finds the few of a tile ten times faster
+        unsigned = offset.view(offset.dtype.str.replace("i", "u"))
+        return torch.from_numpy(offset[unsigned < span] >> self._shift)
 
 
 def _count(inputs: Inputs, searches: Sequence[Sequence[_Search]], shift: int, *, first: bool) -> None:
     """One pass: count the digits at `shift` that follow each search's prefix, and take the searches one digit on."""
     histograms = {
-        (k, search.prefix): _Histogram(search.prefix, shift, first, inputs.device)
+        (k, search.prefix): _Histogram(search.prefix, shift, inputs.device, first=first)
         for k, row in enumerate(searches)
         for search in row
     }
@@ -164,24 +189,3 @@ def _count(inputs: Inputs, searches: Sequence[Sequence[_Search]], shift: int, *,
     for k, row in enumerate(searches):
         for search in row:
             search.descend(histograms[k, search.prefix].counts())
-
-
-def _equal(delta_T: Tensor, value: float) -> Tensor:
-    """Where |delta_T| equals the value, bool [T]."""
-    import torch
-
-    positive, negative = integers(torch.tensor([value, -value], dtype=delta_T.dtype)).tolist()
-    bits_T = integers(delta_T)
-    if bits_T.device.type != "cpu":
-        return (bits_T == positive) | (bits_T == negative)
-    bits = bits_T.numpy()
-    equal = bits == positive
-    equal |= bits == negative
-    return torch.from_numpy(equal)
-
-
-def _shrink_(delta_T: Tensor, value: float) -> None:
-    """Zero where |delta_T| ≤ value, in one operation."""
-    import torch
-
-    torch.ops.aten.hardshrink.out(delta_T, value, out=delta_T)

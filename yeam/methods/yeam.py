@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
@@ -38,7 +39,7 @@ def panels(shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
     return [
         ((s * rows + top) * columns, bottom - top, columns)
         for s in range(math.prod(shape[:-2]))
-        for top, bottom in zip(edges, edges[1:])
+        for top, bottom in pairwise(edges)
     ]
 
 

@@ -86,7 +86,11 @@ def _parameters(loaded: LoadedRecipe, method: Method, outlined: Outlined) -> dic
         if not parameter.per_source:
             found = group.resolver.value(parameter.name, **common)
             if found is None and parameter.required:
-                raise loaded.error(group.path, f"{outlined.name}: method {method.name!r} needs {parameter.name!r}")
+                raise loaded.error(
+                    group.path,
+                    f"{outlined.name}: method {method.name!r} needs {parameter.name!r}",
+                    f"add it to the recipe's `parameters:`, as `{parameter.name}: …`",
+                )
             values[parameter.keyword] = parameter.default if found is None else parameter.check(found, where)
             continue
         row = []
