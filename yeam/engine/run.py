@@ -33,6 +33,7 @@ from yeam.planning.jobs import Job, Plan
 
 CPU_TILE = 1 << 20  # elements: large enough that calls into torch do not count, small enough for the caches
 CUDA_TILE = 1 << 24
+LEAST_TILE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def run(
     started = time.monotonic()
     keep_freed_memory()
     todo = [job for job in plan.jobs if job.name not in output.finished]
-    tile = CUDA_TILE if device.type == "cuda" else CPU_TILE
-    lanes = _lanes(todo, checkpoints, device, memory, tile)
+    lanes, tile = _lanes(todo, checkpoints, device, memory)
     done = len(plan.jobs) - len(todo)
     written = plan.total_bytes - sum(job.nbytes for job in todo)
     crew = _Crew(plan, checkpoints, output, device, lanes, tile)
@@ -101,20 +101,28 @@ def costs_of(plan: Plan, checkpoints: Sequence[Checkpoint], memory: int) -> dict
     return {"read_bytes": sum(by_role.values()), "read_by_role": by_role, "peak_memory": peak}
 
 
-def _lanes(todo: Sequence[Job], checkpoints: Sequence[Checkpoint], device: torch.device, memory: int, tile: int) -> int:
-    """How many jobs run at a time."""
+def _lanes(
+    todo: Sequence[Job], checkpoints: Sequence[Checkpoint], device: torch.device, memory: int
+) -> tuple[int, int]:
+    """How many jobs run at a time, and the elements of a tile: fewer than usual where many sources would not fit."""
     available = memory - anonymous_bytes()
-    tiles = max((tile_bytes(job, checkpoints, tile) for job in todo), default=0)
+    tile = CUDA_TILE if device.type == "cuda" else CPU_TILE
     largest = max(todo, key=lambda job: job.resident, default=None)
-    resident = largest.resident if largest is not None and device.type == "cpu" else 0
-    if largest is not None and resident + tiles > available:
+    if largest is None:
+        return 1, tile
+    resident = largest.resident if device.type == "cpu" else 0
+    while True:
+        tiles = max(tile_bytes(job, checkpoints, tile) for job in todo)
+        if resident + tiles <= available or tile <= LEAST_TILE:
+            break
+        tile //= 2
+    if resident + tiles > available:
         raise UserError(
             f"{largest.name} {list(largest.shape)} needs {(resident + tiles) >> 20} MiB with method {largest.method}, "
             f"and of the {memory >> 20} MiB allowed {max(available, 0) >> 20} MiB are left",
             f"pass --memory {((resident + tiles + memory - available) >> 20) + 64}M or more, or `frames: none`",
         )
-    most = 1 if device.type == "cuda" else cores()
-    return _lane_count(todo, available, tiles, resident, most)
+    return _lane_count(todo, available, tiles, resident, 1 if device.type == "cuda" else cores()), tile
 
 
 def _lane_count(todo: Sequence[Job], available: int, tiles: int, resident: int, most: int) -> int:
