@@ -24,7 +24,8 @@ BITS = 31
 def stream_key(seed: int, name: str, source: int) -> int:
     """The 64-bit key of one source's stream for one tensor."""
     text = f"{seed}\n{source}\n{name}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    digest: bytes = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def threshold(probability: float) -> int:
