@@ -161,7 +161,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for the models (about 1.2 GB)")
-    parser.add_argument("--steps", type=int, default=50, help="fine-tuning steps for each source")
+    parser.add_argument("--steps", type=int, default=40, help="fine-tuning steps for each source")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     disable_progress_bar()
