@@ -126,3 +126,13 @@ def test_della_prefers_large_entries() -> None:
 def test_della_of_a_column_is_no_nan() -> None:
     sources, base = example(2, (50, 1), 3)
     assert bool(merged("della", sources, base, density=(0.5,)).isfinite().all())
+
+
+def test_random_words_are_splitmix64_on_every_device() -> None:
+    from yeam.methods.random_bits import _NumpyWords, _TorchWords
+
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # SplitMix64 from the state 0
+    for words in (_NumpyWords(), _TorchWords(torch.device("cpu"))):
+        assert [int(word) % 2**64 for word in words(0, 0, 3)] == published
+    key = 0xDEADBEEFCAFEF00D
+    assert torch.equal(_NumpyWords()(key, 1000, 5000), _TorchWords(torch.device("cpu"))(key, 1000, 5000))

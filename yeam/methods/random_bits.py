@@ -30,7 +30,7 @@ def stream_key(seed: int, name: str, source: int) -> int:
 
 def threshold(probability: float) -> int:
     """The bound below which a 31-bit word lies with that probability."""
-    return min(max(round(probability * 2**BITS), 0), 2**BITS - 1)
+    return min(max(round(probability * (1 << BITS)), 0), (1 << BITS) - 1)
 
 
 class RandomBits:
