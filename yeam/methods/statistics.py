@@ -53,8 +53,8 @@ def integers(x_T: Tensor) -> Tensor:
 def rescale_factors(inputs: Inputs, tiles: Iterable[Tile], sparsifier: Sparsifier, granule: int = 1) -> list[float]:
     """Σ|delta_k| / Σ|what is kept of delta_k| of each source: what makes up for the dropped elements. One pass over `tiles`.
 
-    The sums are float64. They and the ratio are rounded to the tiles' dtype, except where a sum does not fit into float16.
-    1 where a sum is below 1e-7.
+    The sums are float64. They and the ratio are rounded to the tiles' dtype, at most float32, so that the order of the tiles
+    does not show; but not to float16 where a sum does not fit into it. 1 where a sum is below 1e-7.
     """
     import torch
 
@@ -71,8 +71,11 @@ def rescale_factors(inputs: Inputs, tiles: Iterable[Tile], sparsifier: Sparsifie
 
 
 def _ratio(before: float, after: float, dtype: torch.dtype) -> float:
+    import torch
+
     if before < LEAST_NORM or after < LEAST_NORM:
         return 1.0
+    dtype = torch.float32 if dtype == torch.float64 else dtype
     in_dtype = rounded(before, dtype), rounded(after, dtype)
     if max(in_dtype) < float("inf"):
         before, after = in_dtype
