@@ -18,14 +18,16 @@ from test_tokenizer_union import trained
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import yeam
-from yeam.checkpoint import open_checkpoint
+from yeam.checkpoint import TensorInfo, open_checkpoint
 from yeam.errors import CheckpointError, ConfigError, YeamError
 from yeam.transfer import sparse
 from yeam.transfer.lexical import Lexical, Speller
 from yeam.transfer.newrows import METHODS, NewRows, Pattern
 from yeam.transfer.tokens import bytes_of, token_keys
 from yeam.transfer.untrained import untrained
+from yeam.vocabulary.gather import Part
 from yeam.vocabulary.tokens import Tokens, read_tokens
+from yeam.vocabulary.view import Rows, VocabularyView
 
 Llama = Callable[..., Path]
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -248,6 +250,30 @@ def test_rows_are_the_same_in_whatever_tiles_they_are_read(llama: Llama) -> None
         return torch.cat(parts[::-1])
 
     assert torch.equal(rows(7), rows(1000)) and torch.equal(rows(16), rows(1000))
+
+
+def test_rows_of_two_dtypes_do_not_add_to_what_a_buffer_held(llama: Llama) -> None:
+    """Every row has one part here, and the host's are bfloat16 while new ones are float32."""
+    host = model(llama, "host", trained("byte-level", 0), dtype=torch.bfloat16)
+    donor = model(llama, "donor", trained("metaspace", 1))
+    lexical, checkpoint = Lexical(tokens_of(host), tokens_of(donor)), open_checkpoint(str(host))
+    count = lexical.donor.end
+    parts = []
+    made = NewRows(checkpoint, lexical, {EMBED: None}, "mean")
+    for of, at, rows in (
+        (checkpoint, lexical.shared_donor_N, lexical.shared_host_N),
+        (made, lexical.new_M, np.arange(len(lexical.new_M))),
+    ):
+        rows_R = np.full(count, -1)
+        rows_R[at] = rows
+        parts.append(Part(of, EMBED, rows_R))
+    info = TensorInfo(EMBED, "F32", (count, WIDTH))
+    view = VocabularyView(checkpoint, {}, {EMBED: Rows(info, EMBED, tuple(parts), np.zeros(count, dtype=bool))}, {})
+    dirty = torch.full((count * WIDTH * 4,), 0x7F, dtype=torch.uint8)
+    read = view.read(EMBED, 0, count * WIDTH, dirty).view(count, WIDTH)
+    stored = load_file(host / "model.safetensors")[EMBED].float()
+    assert torch.equal(read[lexical.shared_donor_N], stored[lexical.shared_host_N])
+    assert torch.allclose(read[lexical.new_M], stored[lexical.shared_host_N].mean(0))
 
 
 def test_a_merge_is_transplanted_as_its_result_would_be(llama: Llama, tmp_path: Path) -> None:

@@ -196,7 +196,9 @@ def _fill(gatherer: Gatherer, rows: Rows, first: int, last: int, tile_TC: torch.
         block_TC = torch.empty(len(places), tile_TC.shape[1], dtype=dtype)
         gatherer.gather(part, wanted, np.arange(len(places)), block_TC)
         at = torch.from_numpy(places)
-        tile_TC[at] = _rounded(tile_TC[at] + _rounded(block_TC.to(tile_TC.dtype), rows), rows)
+        values_TC = _rounded(block_TC.to(tile_TC.dtype), rows)
+        # where every row has one part, the tile still holds what its buffer held before
+        tile_TC[at] = _rounded(tile_TC[at] + values_TC, rows) if shared_T.any() else values_TC
     if shared_T.any():
         at = _indices(shared_T)
         counts = torch.from_numpy(counts_T)[at].to(tile_TC.dtype)
