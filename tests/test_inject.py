@@ -172,18 +172,6 @@ def test_protection_is_the_penalised_step(shape: tuple[int, int]) -> None:
     assert torch.allclose(protect.protect_(x.clone(), [own, weights]), wanted, atol=1e-10)
 
 
-def test_protection_by_a_sketch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On sides too large for a Gram matrix, what an update with few strong directions uses is still avoided."""
-    torch.manual_seed(0)
-    own = torch.randn(300, 4) @ torch.randn(4, 256) + 0.05 * torch.randn(300, 256)
-    x = torch.randn(300, 256)
-    used = torch.linalg.qr(own.T @ torch.randn(300, 4)).Q
-    monkeypatch.setattr(protect, "EXACT_SIDE", 64)
-    monkeypatch.setattr(protect, "SKETCH_ROWS", 64)
-    kept = protect.protect_(x.clone(), [own])
-    assert float((kept @ used).norm() / kept.norm()) < 0.2 * float((x @ used).norm() / x.norm())
-
-
 def test_the_injected_part_stays_off_what_the_target_uses() -> None:
     """Block by block it is perpendicular to the target's update; in space it avoids its directions on both sides."""
     torch.manual_seed(0)
@@ -204,7 +192,7 @@ def test_the_injected_part_stays_off_what_the_target_uses() -> None:
 
 
 def test_panels_cover_a_tensor_once() -> None:
-    for shape, head in [((40_000, 24), 64), ((3, 20, 16), 0), ((9, 40_000_000), 0), ((5,), 0), ((), 0)]:
+    for shape, head in [((40_000, 24), 64), ((3, 20, 16), 0), ((9, 10_000_000), 0), ((5,), 0), ((), 0)]:
         panels = panels_of(shape, head)
         end = 0
         for panel in panels:

@@ -30,13 +30,12 @@ Policy = Literal["consensus", "union", "priority"]
 Protect = Literal["space", "rays", "none"]
 
 BUDGET = 0.12
-REACH, POWER = (
-    0.7,
-    -0.3,
-)  # the step is REACH · r^POWER lengths of the resolved update, r the sources' mean displacement: measured
+# the step is REACH · r^POWER lengths of the resolved update, r the sources' mean displacement: measured
+REACH, POWER = 0.7, -0.3
 LEAST_DISPLACEMENT = 1e-3
 REACH_WITHOUT_BASE = 0.04  # lengths of the resolved update: such updates undo the target's own
-PANEL = 1 << 26  # elements that are in memory at a time, three times over
+# elements that are in memory at a time, three times over; protection costs their number times the sides
+PANEL = 1 << 24
 STEP = 1 << 20  # elements that are handed over at a time
 
 
@@ -57,7 +56,7 @@ class Panel:
 def panels_of(shape: tuple[int, ...], head_rows: int = 0) -> list[Panel]:
     """The panels of a tensor in order: matrices with both sides ≥ 8 by rows (whole heads where possible), anything else as one row.
 
-    No panel of a matrix is higher than 16,384 rows or, while that leaves 8 rows, larger than 2²⁶ elements. A stack [S, M, N] is S matrices.
+    No panel of a matrix is higher than 16,384 rows or, while that leaves 8 rows, larger than 2²⁴ elements. A stack [S, M, N] is S matrices.
     """
     numel = math.prod(shape)
     if len(shape) not in (2, 3) or min(shape[-2:]) < LEAST_SIDE:
@@ -269,7 +268,7 @@ def _shape_(point_T: Tensor, own_T: Tensor | None, target_T: Tensor, panel: Pane
             spread_(point_MN, alpha=alpha, width=how.frames, rounds=how.rounds, seed=how.seed)
         if how.protect == "space":
             used = [own_T.view_as(point_MN), target_T.view_as(point_MN)]
-            protect_(point_MN, used, seed=how.seed)
+            protect_(point_MN, used)
     if how.protect == "rays" or (how.protect == "space" and not panel.is_matrix):
         off_rays_(point_T, own_T)
 
