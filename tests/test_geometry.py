@@ -17,6 +17,7 @@ from torch import Tensor
 
 from yeam.geometry.frames import spread_, spread_spectral_
 from yeam.geometry.length import Moments, agreement
+from yeam.geometry.passes import Along, resolve
 from yeam.geometry.rays import ray_point
 from yeam.methods import method_named
 
@@ -100,6 +101,63 @@ def test_order_rotation_and_scale(K: int, softness: float, seed: int) -> None:
 def test_softness_must_be_positive() -> None:
     with pytest.raises(ValueError, match="positive"):
         ray_point(torch.ones(2, 4), 0.0)
+
+
+@given(
+    K=st.integers(2, 7),
+    size=st.sampled_from([1, 6, 2048, 5000, 8200]),
+    with_base=st.booleans(),
+    softness=st.sampled_from([0.3, 4.0]),
+    seed=SEED,
+)
+@SETTINGS
+def test_compiled_rays_equal_the_reference(K, size, with_base, softness, seed) -> None:
+    """In float32, with the sums that the length is chosen by; equal, absent and opposite updates among them, in tiles of any length."""
+    generator = torch.Generator().manual_seed(seed)
+    base_T = torch.randn(size, generator=generator)
+    source_KT = 0.1 * torch.randn(K, size, generator=generator) + (base_T if with_base else 0)
+    source_KT[0, : size // 2] = base_T[: size // 2] if with_base else 0
+    source_KT[-1, size // 3 :] = source_KT[-2, size // 3 :]
+    weight = [1.0, -0.5, *[0.7] * (K - 2)]
+    delta_KT = torch.tensor(weight).double()[:, None] * (source_KT.double() - (base_T.double() if with_base else 0))
+    expected_T = reference.rays(delta_KT, softness)
+
+    def resolved(tile: int) -> list[Tensor]:
+        point_T, moments, along = torch.empty(size), Moments.of(K), Along(K)
+        for start in range(0, size, tile):
+            part, base = slice(start, start + tile), base_T[start : start + tile] if with_base else None
+            resolve(source_KT[:, part].contiguous(), base, weight, softness, moments, point_T[part])
+            along.add(source_KT[:, part].contiguous(), base, weight, point_T[part])
+        return [
+            point_T,
+            moments.gram_KK,
+            moments.along_K,
+            moments.squares_2,
+            along.sources_K,
+            torch.tensor(along.square),
+        ]
+
+    found = resolved(size)
+    point_T, gram_KK, along_K, squares_2, again_K, square = found
+    total = float(delta_KT.square().sum())
+    assert float((point_T - expected_T).norm()) <= 1e-6 * total**0.5
+    torch.testing.assert_close(gram_KK, delta_KT @ delta_KT.T, rtol=1e-6, atol=1e-6 * total)
+    torch.testing.assert_close(along_K, delta_KT @ expected_T, rtol=1e-6, atol=1e-6 * total)
+    torch.testing.assert_close(again_K, along_K, rtol=1e-6, atol=1e-6 * total)
+    base_square = float(base_T.double().square().sum()) if with_base else 0.0
+    assert squares_2.tolist() == pytest.approx(
+        [base_square, float(expected_T.square().sum())], rel=1e-5, abs=1e-6 * total
+    )
+    assert float(square) == pytest.approx(float(squares_2[1]), rel=1e-6)
+    assert all(torch.equal(one, other) for one, other in zip(found, resolved(2048)))
+
+
+def test_compiled_rays_pass_nan_and_inf_on() -> None:
+    for value in (float("nan"), float("inf")):
+        delta_KT = torch.ones(3, 40)
+        delta_KT[1, 17] = value
+        point_T = ray_point(delta_KT)
+        assert not point_T[16:20].isfinite().all() and point_T[:16].isfinite().all() and point_T[20:].isfinite().all()
 
 
 @given(

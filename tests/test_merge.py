@@ -234,7 +234,8 @@ def test_yeam_parameters(tmp_path: Path, llama: Llama) -> None:
     check("plain", expected(), **on_base)
     check("listed", expected(), **on_base, models=[weights[0], *entries(base, weight=7), weights[1]])
     check("none", expected(width=None), **on_base, parameters={"frames": "none"})
-    check("narrow", expected(width=16, rounds=3), **on_base, parameters={"frames": 16, "rounds": 3})
+    # frames as wide as a side of these tensors would be singular matrices
+    check("narrow", expected(width=4, rounds=3), **on_base, parameters={"frames": 4, "rounds": 3})
     check("soft", expected(softness=0.5), **on_base, parameters={"softness": 0.5})
     check("seed", expected(width=4, rounds=4, seed=5), **on_base, parameters={"frames": 4, "seed": 5})
 

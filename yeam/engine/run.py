@@ -33,7 +33,7 @@ from yeam.errors import UserError, YeamError
 from yeam.methods import method_named
 from yeam.planning.jobs import Input, Job, Plan
 
-CPU_TILE = 1 << 20  # elements: large enough that calls into torch do not count, small enough for the caches
+CPU_TILE = 1 << 18  # elements: large enough that calls into torch do not count, small enough for the caches
 CUDA_TILE = 1 << 24
 LEAST_TILE = 1 << 16
 AMPLE = 128 << 20  # bytes for a lane's tiles on the CPU: of many sources tiles are shorter, and memory does not grow

@@ -19,22 +19,32 @@ from torch import Tensor
 
 @dataclass
 class Moments:
-    """Sums over the tiles of one tensor: gram_KK = ⟨V_k, V_l⟩, ‖base‖², ‖x_rays‖² (float64, on the CPU)."""
+    """Sums over the tiles of one tensor: gram_KK = ⟨V_k, V_l⟩, along_K = ⟨V_k, x_rays⟩, squares_2 = ‖base‖², ‖x_rays‖² (float64,
+    on the CPU)."""
 
     gram_KK: Tensor
-    base_square: float = 0.0
-    point_square: float = 0.0
+    along_K: Tensor
+    squares_2: Tensor
 
     @classmethod
     def of(cls, K: int) -> Moments:
-        return cls(torch.zeros(K, K, dtype=torch.float64))
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in ((K, K), (K,), (2,))))
 
     def add(self, delta_KT: Tensor, base_T: Tensor | None, point_T: Tensor) -> None:
         """Add one tile: the updates [K, T], the base [T] where there is one, and the rays' point [T]."""
         self.gram_KK += (delta_KT @ delta_KT.T).double().cpu()
+        self.along_K += (delta_KT @ point_T).double().cpu()
         if base_T is not None:
-            self.base_square += float(torch.dot(base_T, base_T))
-        self.point_square += float(torch.dot(point_T, point_T))
+            self.squares_2[0] += float(torch.dot(base_T, base_T))
+        self.squares_2[1] += float(torch.dot(point_T, point_T))
+
+    @property
+    def base_square(self) -> float:
+        return float(self.squares_2[0])
+
+    @property
+    def point_square(self) -> float:
+        return float(self.squares_2[1])
 
     @property
     def norms_K(self) -> Tensor:

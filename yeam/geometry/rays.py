@@ -32,6 +32,11 @@ def _block_ones(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.kron(torch.eye(_GROUP), torch.ones(SIDE, 1)).to(device=device, dtype=dtype)
 
 
+def is_compiled(x: Tensor) -> bool:
+    """Whether compiled kernels take such tensors (float32 on the CPU); torch serves the others."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
 def ray_point(delta_KT: Tensor, softness: float = 4.0, out: Tensor | None = None) -> Tensor:
     """The point where the rays of K updates meet.
 
@@ -45,6 +50,8 @@ def ray_point(delta_KT: Tensor, softness: float = 4.0, out: Tensor | None = None
     result_T = torch.empty_like(delta_KT[0]) if out is None else out
     if K == 1:
         return result_T.copy_(delta_KT[0])
+    if is_compiled(delta_KT) and result_T.is_contiguous():
+        return _compiled_point(delta_KT.contiguous(), softness, result_T)
     step = max(_LANE, _CHUNK * 2 // K // _LANE * _LANE)
     for start in range(0, T, step):
         stop = min(start + step, T)
@@ -58,6 +65,17 @@ def ray_point(delta_KT: Tensor, softness: float = 4.0, out: Tensor | None = None
             tail_KT[:, :rest] = part_KT[:, whole:]
             result_T[start + whole : stop] = _resolve(tail_KT, softness, part_KT.new_empty(_LANE))[:rest]
     return result_T
+
+
+def _compiled_point(delta_KT: Tensor, softness: float, out_T: Tensor) -> Tensor:
+    import numpy as np
+
+    from yeam.geometry.kernels import ray_points
+
+    K, point_T = len(delta_KT), out_T.numpy()
+    sums = np.zeros((K, K)), np.zeros(K), np.zeros(2)  # of no use here
+    ray_points(delta_KT.numpy(), point_T, False, np.ones(K, np.float32), np.float32(1.0 + softness), point_T, *sums)
+    return out_T
 
 
 def _resolve(delta_KT: Tensor, softness: float, out_T: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def resolved(
                     part = work[name]
                     _rows(part, groups, circuit)[:] = point.reshape(-1, width)
                     part.moments.add(deltas[name].reshape(parts.K, -1), None, point.reshape(-1))
-                    part.moments.base_square += float(grams[name].diagonal(dim1=-2, dim2=-1).sum())
+                    part.moments.squares_2[0] += float(grams[name].diagonal(dim1=-2, dim2=-1).sum())
         for part in mine:
             if not math.isfinite(part.moments.point_square):
                 raise NotFinite

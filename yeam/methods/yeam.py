@@ -83,23 +83,11 @@ def yeam(
         yield from _matrix(inputs, start, rows, columns, weight, softness, frames, rounds, lambda_, seed)
 
 
-def _deltas(tile: Tile, weight: PerSource[float]) -> Tensor:
-    """weight_k · (source_k − base), in place of the sources."""
-    delta_KT = tile.sources_KT
-    if tile.base_T is not None:
-        delta_KT -= tile.base_T
-    for k, factor in enumerate(weight):
-        if factor != 1.0:
-            delta_KT[k] *= factor
-    return delta_KT
-
-
 def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength: float) -> Iterator[Tensor]:
     """Rays and length without frames: the point is a function of the tile, so a pass for the sums and one for the output do."""
-    import torch
 
     from yeam.geometry.length import Moments, agreement, point_bound, step_length
-    from yeam.geometry.rays import ray_point
+    from yeam.geometry.passes import resolve
 
     if inputs.K == 1:
         yield from _follow(inputs, weight[0] * strength)
@@ -107,26 +95,27 @@ def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength:
     size = math.prod(inputs.shape)
     held_T = inputs.hold(size) if 4 * size <= HELD_BYTES else None
     moments = Moments.of(inputs.K)
-    along_K = torch.zeros(inputs.K, dtype=torch.float64)
+
+    def point_of(tile: Tile, sums: Moments) -> Tensor:
+        out_T = tile.sources_KT.new_empty(tile.stop - tile.start) if held_T is None else held_T[tile.start : tile.stop]
+        return resolve(tile.sources_KT, tile.base_T, weight, softness, sums, out_T)
+
     for tile in inputs.tiles():
-        delta_KT = _deltas(tile, weight)
-        point_T = ray_point(delta_KT, softness, out=None if held_T is None else held_T[tile.start : tile.stop])
-        moments.add(delta_KT, tile.base_T, point_T)
-        along_K += (delta_KT @ point_T).double().cpu()
+        point_of(tile, moments)
     if not math.isfinite(moments.point_square):
         yield from _mean(inputs, 0, size, weight, strength)
         return
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
     unit = moments.mean_norm / moments.point_square**0.5 if moments.point_square > 0 else 0.0
     if len(inputs.shape) == 2 and min(inputs.shape) >= LEAST_SIDE:
-        scale = step_length(moments, alpha=alpha, progress=_progress(along_K * unit, moments.gram_KK))
+        scale = step_length(moments, alpha=alpha, progress=_progress(moments.along_K * unit, moments.gram_KK))
     else:
         scale = min(1.0, point_bound(moments))
     factor = strength * scale * unit
     _record(inputs, moments, strength * scale * moments.mean_norm, scale)
     for tile in inputs.tiles(base_only=inputs.has_base and held_T is not None):
         if held_T is None:
-            point_T = ray_point(_deltas(tile, weight), softness)
+            point_T = point_of(tile, Moments.of(inputs.K))  # the same sums once more, of no use
         else:
             point_T = held_T[tile.start : tile.stop]
         yield point_T * factor if tile.base_T is None else tile.base_T.add_(point_T, alpha=factor)
@@ -154,20 +143,17 @@ def _matrix(
     seed: int,
 ) -> Iterator[Tensor]:
     """One panel: rays tile by tile into memory, frames there, then the length and the output in two more passes over tiles."""
-    import torch
-
     from yeam.geometry.frames import spread_, spread_spectral_
     from yeam.geometry.length import Moments, agreement, step_length
-    from yeam.geometry.rays import ray_point
+    from yeam.geometry.passes import Along, resolve
 
     stop = start + rows * columns
     point_MN = inputs.hold(rows, columns)
     flat_T = point_MN.view(-1)
     moments = Moments.of(inputs.K)
     for tile in inputs.tiles(start, stop):
-        delta_KT = _deltas(tile, weight)
-        point_T = ray_point(delta_KT, softness, out=flat_T[tile.start - start : tile.stop - start])
-        moments.add(delta_KT, tile.base_T, point_T)
+        out_T = flat_T[tile.start - start : tile.stop - start]
+        resolve(tile.sources_KT, tile.base_T, weight, softness, moments, out_T)
     if not math.isfinite(moments.point_square):
         yield from _mean(inputs, start, stop, weight, strength)
         return
@@ -180,14 +166,11 @@ def _matrix(
         spread_spectral_(point_MN, alpha=alpha)
     elif frames != "none":
         spread_(point_MN, alpha=alpha, width=frames, rounds=rounds, seed=seed)
-    square = 0.0
-    along_K = torch.zeros(inputs.K, dtype=torch.float64)
+    along = Along(inputs.K)
     for tile in inputs.tiles(start, stop):
-        point_T = flat_T[tile.start - start : tile.stop - start]
-        along_K += (_deltas(tile, weight) @ point_T).double().cpu()
-        square += float(torch.dot(point_T, point_T))
-    unit = moments.mean_norm / square**0.5
-    scale = step_length(moments, alpha=alpha, progress=_progress(along_K * unit, moments.gram_KK))
+        along.add(tile.sources_KT, tile.base_T, weight, flat_T[tile.start - start : tile.stop - start])
+    unit = moments.mean_norm / along.square**0.5
+    scale = step_length(moments, alpha=alpha, progress=_progress(along.sources_K * unit, moments.gram_KK))
     _record(inputs, moments, strength * scale * moments.mean_norm, scale)
     for tile in inputs.tiles(start, stop, base_only=True):
         assert tile.base_T is not None
@@ -196,8 +179,10 @@ def _matrix(
 
 def _mean(inputs: Inputs, start: int, stop: int, weight: PerSource[float], strength: float) -> Iterator[Tensor]:
     """NaN or Inf in a source (`allow_nan`) leave no lengths to go by: elements move by the mean update, each on its own."""
+    from yeam.geometry.passes import updates_
+
     for tile in inputs.tiles(start, stop):
-        mean_T = _deltas(tile, weight).mean(dim=0).mul_(strength)
+        mean_T = updates_(tile.sources_KT, tile.base_T, weight).mean(dim=0).mul_(strength)
         yield mean_T if tile.base_T is None else mean_T.add_(tile.base_T)
 
 
