@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from yeam.compiled import is_compiled
 from yeam.geometry.length import Moments
-from yeam.geometry.rays import is_compiled, ray_point
+from yeam.geometry.rays import ray_point
 
 
 def updates_(source_KT: Tensor, base_T: Tensor | None, weight: Sequence[float]) -> Tensor:

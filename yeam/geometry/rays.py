@@ -20,6 +20,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from yeam.compiled import is_compiled
+
 SIDE = 4
 _GROUP = 16  # blocks summed by one small matrix product, which is faster than a reduction over four
 _LANE = SIDE * _GROUP
@@ -30,11 +32,6 @@ _CHUNK = 1 << 17  # elements per step: the temporaries of a step stay in the cac
 def _block_ones(dtype: torch.dtype, device: torch.device) -> Tensor:
     """[64, 16] with ones where element i belongs to block j: a product with it sums blocks, with its transpose repeats."""
     return torch.kron(torch.eye(_GROUP), torch.ones(SIDE, 1)).to(device=device, dtype=dtype)
-
-
-def is_compiled(x: Tensor) -> bool:
-    """Whether compiled kernels take such tensors (float32 on the CPU); torch serves the others."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def ray_point(delta_KT: Tensor, softness: float = 4.0, out: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from yeam.compiled import is_compiled
 from yeam.methods.inputs import Inputs
 from yeam.methods.random_bits import RandomBits, stream_key
 from yeam.methods.statistics import Erase
@@ -64,8 +65,25 @@ class Choices:
             delta_T.zero_()
         elif self._density[k] < 1:
             stop = start + len(delta_T)
+            if is_compiled(delta_T):
+                self._compiled_erase(delta_T, k, start, stop, noted)
+                return
             chosen_T = self._recall(k, start, stop) if noted else self._choose(delta_T, k, start, stop)
             delta_T.mul_(chosen_T.to(delta_T.dtype))  # a product, so that NaN is not dropped unseen
+
+    def _compiled_erase(self, delta_T: Tensor, k: int, start: int, stop: int, noted: bool) -> None:
+        import numpy as np
+
+        from yeam.methods import kernels
+
+        held = np.empty(0, np.uint8) if self._held is None else self._held[k // 8, start:stop].numpy()
+        if noted:
+            kernels.keep_noted(delta_T.numpy(), held, k % 8)
+            return
+        bound = self._bound(delta_T, k)
+        bounds = np.array([bound], np.int32) if isinstance(bound, int) else bound.numpy()
+        key = np.uint64(self._keys[k])
+        kernels.keep(delta_T.numpy(), key, start, bounds, held, k % 8, self._held is not None)
 
     def _choose(self, delta_T: Tensor, k: int, start: int, stop: int) -> Tensor:
         """1 for what is kept, 0 for what is not; int32 [T], overwritten by the next call."""

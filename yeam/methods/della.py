@@ -13,7 +13,7 @@ from yeam.errors import ConfigError
 from yeam.methods.choices import Choices, held_bytes
 from yeam.methods.inputs import Inputs
 from yeam.methods.mixing import merge_deltas
-from yeam.methods.random_bits import threshold
+from yeam.methods.random_bits import thresholds
 from yeam.methods.registry import PerSource, Share, Whole, merge_method
 from yeam.methods.row_ranks import RowRanks
 from yeam.methods.statistics import whole_rows
@@ -102,7 +102,7 @@ def _della(
     columns = row_length(inputs.shape)
     ranks = RowRanks(columns, inputs.device)
     bounds = [
-        torch.tensor([threshold(p) for p in probabilities(share, spread, columns)], dtype=torch.int32).to(inputs.device)
+        torch.from_numpy(thresholds(probabilities(share, spread, columns))).to(inputs.device)
         for share, spread in zip(density, epsilon)
     ]
     choices = Choices(inputs, density, seed, lambda delta_T, k: ranks.spread(delta_T, bounds[k]), rescale=rescale)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from yeam.compiled import is_compiled
 from yeam.methods.inputs import Inputs, Tile
 from yeam.methods.statistics import Sparsifier, delta_, rescale_factors
 
@@ -44,12 +45,17 @@ class Mix:
         divisor = weight_K[:, None].sum(dim=0)
         self._weights = weight_K.tolist()
         self._divisor = torch.where(divisor.abs() < LEAST_DIVISOR, torch.ones_like(divisor), divisor)
+        # of what counts anything, where no weight is negative
+        self._least = min((w for w in self._weights if w > 0), default=0.0) if min(self._weights) >= 0 else 0.0
         self._normalize = normalize
         self._lambda = lambda_
         self._consensus = consensus
 
     def onto(self, base_T: Tensor, delta_KT: Tensor) -> None:
         """Move base_T, in place; delta_KT is overwritten."""
+        if is_compiled(base_T):
+            self._compiled_onto(base_T, delta_KT)
+            return
         for k, weight in enumerate(self._weights):
             if weight != 1.0:
                 delta_KT[k].mul_(weight)
@@ -62,6 +68,22 @@ class Mix:
         if self._lambda != 1:
             mixed_T.mul_(self._lambda)
         base_T.add_(mixed_T)
+
+    def _compiled_onto(self, base_T: Tensor, delta_KT: Tensor) -> None:
+        import numpy as np
+
+        from yeam.methods import kernels
+
+        kernels.mix(
+            base_T.numpy(),
+            delta_KT.contiguous().numpy(),
+            np.array(self._weights, np.float32),
+            np.float32(self._divisor),
+            np.float32(self._least),
+            np.float32(self._lambda),
+            self._consensus,
+            self._normalize,
+        )
 
     def _agreed_onto(self, base_T: Tensor, weighted_KT: Tensor) -> None:
         """Only entries with the majority's sign: times that sign they are the positive ones, and products with ±1 are exact."""
@@ -82,9 +104,10 @@ class Mix:
         for counted_T, weight in zip(counted_KT[1:], self._weights[1:]):
             divisor_T.add_(counted_T, alpha=weight)
         divisor_T = divisor_T.to(counted_KT.dtype)
-        positive = min((w for w in self._weights if w > 0), default=0.0)
-        if positive and min(self._weights) >= 0:
-            return divisor_T.clamp_min_(positive)  # nothing was counted where it was less, and 0 over any number is 0
+        if self._least:
+            return divisor_T.clamp_min_(
+                self._least
+            )  # nothing was counted where it was less, and 0 over any number is 0
         return divisor_T.add_(divisor_T.clone().eq_(0))
 
 

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any
 from yeam.methods.statistics import on_cpu
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 GAMMA = 0x9E3779B97F4A7C15
@@ -33,6 +37,14 @@ def stream_key(seed: int, name: str, source: int) -> int:
 def threshold(probability: float) -> int:
     """The bound below which a 31-bit word lies with that probability."""
     return min(max(round(probability * (1 << BITS)), 0), (1 << BITS) - 1)
+
+
+def thresholds(probabilities: Sequence[float]) -> NDArray[np.int32]:
+    """`threshold` of each of them."""
+    import numpy as np
+
+    bounds = np.rint(np.asarray(probabilities, np.float64) * (1 << BITS))
+    return bounds.clip(0, (1 << BITS) - 1).astype(np.int32)
 
 
 class RandomBits:

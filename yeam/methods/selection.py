@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from yeam.compiled import is_compiled
 from yeam.methods.inputs import Inputs
 from yeam.methods.statistics import delta_, integers, on_cpu
 
@@ -61,6 +62,12 @@ class Cutter:
             return
         if cut.count <= 0:
             delta_T.zero_()
+        elif is_compiled(delta_T):
+            import numpy as np
+
+            from yeam.methods import kernels
+
+            self._ties = kernels.cut(delta_T.numpy(), np.float32(cut.value), self._ties)
         elif self._ties == 0:
             _shrink_(delta_T, cut.value)
         elif cut.ties == cut.equal:
@@ -81,12 +88,7 @@ class Cutter:
             value = self._cut.value
             self._bits = integers(torch.tensor([value, -value], dtype=delta_T.dtype)).tolist()
         bits_T = integers(delta_T)
-        if not on_cpu(bits_T.device):
-            return (bits_T == self._bits[0]) | (bits_T == self._bits[1])
-        bits = bits_T.numpy()  # numpy compares several times faster
-        equal = bits == self._bits[0]
-        equal |= bits == self._bits[1]
-        return torch.from_numpy(equal)
+        return (bits_T == self._bits[0]) | (bits_T == self._bits[1])
 
 
 def _shrink_(delta_T: Tensor, value: float) -> None:
@@ -162,12 +164,14 @@ class _Range:
         self._pending: list[Tensor] = []
 
     def add(self, key_T: Tensor) -> None:
-        if self._all:
+        if key_T.dtype.itemsize == 4 and on_cpu(key_T.device):
+            self._above += self._compiled_count(key_T)
+        elif self._all:
             self._count(key_T >> self._shift if self._shift else key_T)
-            return
-        self._pending.append(self._inside(key_T))
-        if sum(map(len, self._pending)) >= PENDING:
-            self._flush()
+        else:
+            self._pending.append(self._inside(key_T))
+            if sum(map(len, self._pending)) >= PENDING:
+                self._flush()
 
     def result(self) -> tuple[int, Tensor, int]:
         """How many lie above; int64 counts of the parts, on the CPU; and by how many bits a part's keys differ."""
@@ -188,18 +192,18 @@ class _Range:
 
     def _inside(self, key_T: Tensor) -> Tensor:
         """The parts of the keys that lie in the range."""
-        import numpy as np
-        import torch
-
         high = self._low + self._span
-        if not on_cpu(key_T.device):
-            self._above += int((key_T >= high).sum())
-            return key_T[(key_T >= self._low) & (key_T < high)].sub_(self._low) >> self._shift
-        keys = key_T.numpy()  # numpy finds the few of a tile several times faster
-        self._above += int(np.count_nonzero(keys >= high))
-        offset = keys - self._low
-        inside = np.flatnonzero(offset.view(offset.dtype.str.replace("i", "u")) < self._span)
-        return torch.from_numpy(offset.take(inside) >> self._shift)
+        self._above += int((key_T >= high).sum())
+        return key_T[(key_T >= self._low) & (key_T < high)].sub_(self._low) >> self._shift
+
+    def _compiled_count(self, key_T: Tensor) -> int:
+        """The same, counted at once; returns how many lie above."""
+        import numpy as np
+
+        from yeam.methods import kernels
+
+        keys = key_T.numpy().view(np.uint32)
+        return int(kernels.count_keys(keys, self._low, self._span, self._shift, self._counts.numpy()))
 
 
 def _pass(inputs: Inputs, searches: Sequence[Sequence[_Search]]) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from yeam.compiled import is_compiled
 from yeam.methods.inputs import Inputs, Tile
 
 if TYPE_CHECKING:
@@ -27,6 +28,17 @@ Sparsifier = Callable[[], Erase]
 def on_cpu(device: torch.device) -> bool:
     """Whether numpy serves better than torch; both give the same bits."""
     return device.type == "cpu"
+
+
+def absolute_sum(x_T: Tensor) -> float | Tensor:
+    """Σ |x| in float64."""
+    import torch
+
+    if not is_compiled(x_T):
+        return x_T.abs().sum(dtype=torch.float64)
+    from yeam.methods import kernels
+
+    return float(kernels.absolute_sum(x_T.numpy()))
 
 
 def delta_(tile: Tile, k: int) -> Tensor:
@@ -56,9 +68,9 @@ def rescale_factors(inputs: Inputs, tiles: Iterable[Tile], sparsifier: Sparsifie
     for tile in tiles:
         for k in range(inputs.K):
             delta_T = delta_(tile, k)
-            sums_2K[0, k] += delta_T.abs().sum(dtype=torch.float64)
+            sums_2K[0, k] += absolute_sum(delta_T)
             erase(delta_T, k, tile.start)
-            sums_2K[1, k] += delta_T.abs_().sum(dtype=torch.float64)
+            sums_2K[1, k] += absolute_sum(delta_T)
     return [_ratio(before, after, inputs.dtype) for before, after in sums_2K.T.tolist()]
 
 
