@@ -12,11 +12,10 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-from merge_speed import timed
+from measured import timed
 
 PIECE = 1 << 22
 
@@ -57,14 +56,13 @@ def main() -> None:
         path = Path(scratch) / "recipe.yaml"
         path.write_text(json.dumps(recipe))
         command = [sys.executable, "-m", "yeam", "merge", str(path), f"{scratch}/out", "--quiet"]
-        started = time.monotonic()
-        _, peak = timed(command + (["--memory", options.memory] if options.memory else []))
-        took = time.monotonic() - started
+        run = timed(command + (["--memory", options.memory] if options.memory else []))
     gib = options.rows * options.columns * 4 / 2**30
     print(
-        f"{options.rows:,} × {options.columns:,} ({gib:.2f} GiB): peak {peak / 2**30:.2f} GiB of anonymous memory, {took:.0f} s"
+        f"{options.rows:,} × {options.columns:,} ({gib:.2f} GiB): "
+        f"peak {run.anonymous / 2**30:.2f} GiB of anonymous memory, {run.seconds:.0f} s"
     )
-    if peak > options.bound * 2**30:
+    if run.anonymous > options.bound * 2**30:
         sys.exit(f"more than {options.bound:g} GiB")
 
 
