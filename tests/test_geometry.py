@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numba
 import pytest
 import reference
 import torch
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from yeam.compiled import loops
 from yeam.geometry.frames import spread_, spread_spectral_
 from yeam.geometry.length import Moments, agreement
 from yeam.geometry.passes import Along, resolve
@@ -312,3 +314,14 @@ def test_points_that_are_not_kept_are_computed_again_alike(with_base: bool, monk
     kept = merge(sources, base, tile=64, frames="none")
     monkeypatch.setattr(yeam, "HELD_BYTES", 0)
     assert torch.equal(merge(sources, base, tile=64, frames="none"), kept)
+
+
+def test_loops_are_compiled_where_no_cache_may_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def njit(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+
+    real = numba.njit
+    monkeypatch.setattr(numba, "njit", njit)
+    assert loops()(lambda x: x + 1)(2) == 3

@@ -1,8 +1,13 @@
-"""Which tensors the compiled loops take: `yeam.geometry.kernels` and `yeam.methods.kernels` serve them, torch serves all others."""
+"""Compiled loops (numba) and the tensors that they take: `yeam.geometry.kernels`, `yeam.methods.kernels`; torch serves all others.
+
+A loop is compiled when it is first called, some ten seconds for all of them, and kept for later processes beside the package or in the
+user's cache folder; where neither may be written, every process compiles for itself.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,3 +18,21 @@ def is_compiled(x: Tensor) -> bool:
     import torch
 
     return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def loops(*, free: frozenset[str] = frozenset()) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator: the function compiled, without the interpreter's lock, errors as numpy has them (a division by zero is Inf).
+
+    free: LLVM's fast-math flags, the liberties that rounding allows; none by default, so that results are those of the source's order.
+    """
+    from numba import njit
+
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(free) or False}
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder for the cache may be written
+            return njit(**options)(function)
+
+    return compiled

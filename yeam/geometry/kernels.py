@@ -9,17 +9,16 @@ steps, nor on the number of threads. NaN and Inf pass through as they do in torc
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import njit
+
+from yeam.compiled import loops
 
 STEP = 2048  # elements
 _TINY = np.float32(1.1754944e-38)
 _ONE = np.float32(1.0)
 
 # contractions and reassociations only: no assumption that values are finite
-_compiled: Any = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+_compiled = loops(free=frozenset({"reassoc", "contract", "nsz", "arcp"}))
 
 
 @_compiled

@@ -7,18 +7,17 @@ Legend: K sources, T elements of a tile.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import njit
+
+from yeam.compiled import loops
 
 STEP = 4096  # elements: what a loop leaves for the next one is still in the innermost cache
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _WORD = np.uint32(0x7FFFFFFF)
 
-_compiled: Any = njit(cache=True, nogil=True, error_model="numpy")
-_summing: Any = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "nsz"})
+_compiled = loops()
+_summing = loops(free=frozenset({"reassoc", "nsz"}))
 
 
 @_compiled
