@@ -148,6 +148,18 @@ def snapshot(*folders: Path) -> dict[Path, tuple[int, str]]:
     return {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files}
 
 
+def same_output(one: Path, other: Path) -> None:
+    """The two folders hold the same bytes; the reports may differ in where and when."""
+    files = sorted(path.name for path in one.iterdir())
+    assert files == sorted(path.name for path in other.iterdir())
+    reports = [json.loads((folder / "yeam_report.json").read_text()) for folder in (one, other)]
+    for report in reports:
+        del report["out"], report["seconds"], report["resumed"]
+    assert reports[0] == reports[1]
+    for name in set(files) - {"yeam_report.json"}:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., str]:
     """`refused(["merge", recipe, out], "text", ..., status=2, inputs=[a, b])` runs a command that must fail cleanly.

@@ -106,16 +106,16 @@ def test_shard_cut_off_after_planning(llama, recipe, tmp_path, monkeypatch):
     """What the header promised when it was read may be gone when the weights are."""
     a, b = llama("a"), llama("b", shards=2)
     shard = b / "model-00002-of-00002.safetensors"
-    from yeam.engine.output import Output
+    from yeam.engine.shards import Shards
 
-    allocate = Output._allocate
+    create = Shards.create
 
-    def cut(self: Output) -> None:
-        allocate(self)
+    def cut(self: Shards) -> None:
+        create(self)
         truncate_to = shard.stat().st_size - 4
         os.truncate(shard, truncate_to)
 
-    monkeypatch.setattr(Output, "_allocate", cut)
+    monkeypatch.setattr(Shards, "create", cut)
     with pytest.raises(yeam.CheckpointError, match=shard.name) as caught:
         yeam.merge(recipe(a, b), tmp_path / "out")
     assert caught.value.remedy

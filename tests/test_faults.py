@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, environment, save_model, snapshot
+from conftest import command, environment, same_output, save_model, snapshot
 from safetensors.torch import load_file
 
 import yeam
@@ -51,19 +50,7 @@ def interrupted(path: Path, out: Path, count: int = 8, **options: object) -> int
 def entries(out: Path) -> int:
     """Finished tensors in the journal of an unfinished merge."""
     journal = out.with_name(out.name + ".partial") / "journal.jsonl"
-    return max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
-
-
-def same_output(one: Path, other: Path) -> None:
-    """The two folders hold the same bytes; the reports may differ in where and when."""
-    files = sorted(path.name for path in one.iterdir())
-    assert files == sorted(path.name for path in other.iterdir())
-    reports = [json.loads((folder / "yeam_report.json").read_text()) for folder in (one, other)]
-    for report in reports:
-        del report["out"], report["seconds"], report["resumed"]
-    assert reports[0] == reports[1]
-    for name in set(files) - {"yeam_report.json"}:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    return journal.read_bytes().count(b'{"tensor"') if journal.exists() else 0
 
 
 @pytest.fixture
@@ -142,36 +129,6 @@ def await_entries(process: subprocess.Popen[str], out: Path, count: int) -> None
         time.sleep(0.005)
 
 
-def test_killed_again_and_again(slowly, tmp_path):
-    expected, out = tmp_path / "whole" / "merged", tmp_path / "killed" / "merged"
-    inputs = snapshot(tmp_path / "a", tmp_path / "b")
-    seed = random.randrange(1 << 32)
-    print("seed", seed)
-    chance = random.Random(seed)
-    finished = 0
-    for _ in range(2):
-        more = chance.randint(1, 5)
-        process = slowly(out, fast=more)
-        await_entries(process, out, finished + chance.randint(1, more))
-        time.sleep(chance.random() * 0.1)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        process.communicate()
-        assert not out.exists()
-        finished = entries(out)
-    assert 2 <= finished < 21
-
-    whole, last = slowly(expected), slowly(out, "--json")
-    stdout, stderr = last.communicate(timeout=PATIENCE)
-    assert last.returncode == 0, stderr
-    assert finished <= json.loads(stdout)["resumed"] < 21
-    assert "21 tensors, " in whole.communicate(timeout=PATIENCE)[1]
-    same_output(out, expected)
-    assert len(list(out.glob("model-*.safetensors"))) > 2
-    assert sorted(path.name for path in out.parent.iterdir()) == ["merged"]
-    assert snapshot(tmp_path / "a", tmp_path / "b") == inputs
-
-
 def test_ctrl_c_and_a_second_process(slowly, recipe, refused, tmp_path):
     out = tmp_path / "out"
     first = slowly(out, "--json", fast=3)
@@ -203,7 +160,7 @@ def test_torn_journal(torn, pair, tmp_path):
     finished = interrupted(pair, out)
     journal = tmp_path / "out.partial" / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
-    assert len(lines) == finished + 1
+    assert len(lines) == finished + 2
     journal.write_bytes(b"".join(lines[:4]) + torn)
     resumed = interrupted(pair, out, count=21)  # and the journal goes on behind what was cut off
     assert resumed == 21
@@ -439,7 +396,7 @@ def test_killed_while_replacing(moment, pair, recipe, llama, refused, tmp_path, 
         save_model(out, old, {"model_type": "llama"})
         with monkeypatch.context() as patch:
             if moment == "after":
-                patch.setattr(output_module, "_sync_folder", killer(0))
+                patch.setattr(output_module, "_sync_folder", killer(1, output_module._sync_folder))
             else:
                 patch.setattr(Path, "rename", killer({"before": 0, "between": 1}[moment], Path.rename))
             with pytest.raises(Stop):

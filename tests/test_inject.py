@@ -285,7 +285,7 @@ def test_the_command_line(tmp_path: Path, llama: Llama) -> None:
     shown = CliRunner().invoke(app, [str(word) for word in (*words, "--dry-run")])
     assert "14 of 21 tensors are touched" in shown.stdout
     both = f"{sources[0]},{sources[1]}"
-    commas = ["inject", "--target", target, "--sources", both, "--base", base, "--budget", "0.05"]
+    commas = ["inject", "--target", target, "--sources", both, "--base", base, "--budget", "0.05", "--protect", "space"]
     outs = [tmp_path / "one", tmp_path / "two"]
     for line, out in zip((words, commas), outs):
         result = CliRunner().invoke(app, [str(word) for word in (*line, "--out", out)])

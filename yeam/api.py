@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from yeam.errors import ConfigError, UserError
 from yeam.recipe import LoadedRecipe, MergeRecipe, load_recipe, parse_size
 
 if TYPE_CHECKING:
+    from yeam.engine.ranks import Alone, Ranks
     from yeam.engine.run import Progress
     from yeam.evaluation.results import Evaluation
     from yeam.guard import Guard
@@ -51,6 +53,8 @@ def merge(
     guard: Texts | None = None,
     donor_text: Texts | None = None,
     guard_limit: float | None = None,
+    durable: bool = True,
+    distributed: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> MergeReport:
     """Merge models as the recipe says and write one Hugging Face folder.
@@ -63,32 +67,46 @@ def merge(
     push_to_hub: `owner/name` on the Hub to push the result to, as `push` does; token and rights are checked before the merge.
     private, revision: as in `push`. guard: text files on which the host, the recipe's base model or else its only model, may lose at
     most guard_limit (0.005) of its loss; the merge's strength is taken back until that holds, down to the host itself. donor_text:
-    text on which the gain is told. progress: called after every tensor.
+    text on which the gain is told. durable: `out` appears when all of it is on the disk, so that a power loss leaves it whole or not
+    there. distributed: share the work among the processes that torchrun or accelerate has started (RANK, WORLD_SIZE, …), on one
+    machine or on several with a folder in common; each makes this same call, the bytes are those that one process makes, and `memory`
+    is for each. progress: called after every tensor.
     Returns the report that is also written as yeam_report.json. Raises UserError (ConfigError, CheckpointError, OutputError) for what
     can be fixed, YeamError for what broke; then no `out` appears, and the finished part waits in `out.partial`.
 
         >>> import yeam
         >>> yeam.merge("merge_configs/quickstart.yaml", "merged/quickstart")  # doctest: +SKIP
     """
-    loaded = _load(config, overrides, like)
-    target = output_folder(loaded, out)
-    from yeam.engine.target import check_output_apart, check_output_free
+    from yeam.engine.ranks import joined
 
-    check_output_free(target, overwrite)
-    if push_to_hub is None and (private or revision is not None):
-        raise UserError("private and revision are for pushing", "name a repository with --push-to-hub (push_to_hub=)")
-    watch = _guard(guard, donor_text, guard_limit)
-    with _downloading(keep_downloads, cache_budget), _planned(loaded, shard_size, allow_nan) as pipeline:
-        check_output_apart(target, pipeline.folders)
-        if watch is not None:
-            watch.check(loaded, pipeline)
-        if push_to_hub is None:
-            return _carry_out(pipeline, loaded, target, device, memory, overwrite, resume, progress, watch)
-        from yeam.hub.target import check_target
+    with joined(distributed) as ranks:
+        loaded = _load(config, overrides, like)
+        target = output_folder(loaded, out)
+        from yeam.engine.target import check_output_apart, check_output_free
 
-        place = check_target(push_to_hub, private=private, revision=revision)
-        report = _carry_out(pipeline, loaded, target, device, memory, overwrite, resume, progress, watch)
-    return _pushed(report, place)
+        check_output_free(target, overwrite)
+        if push_to_hub is None and (private or revision is not None):
+            raise UserError(
+                "private and revision are for pushing", "name a repository with --push-to-hub (push_to_hub=)"
+            )
+        if ranks.size > 1 and (not keep_downloads or cache_budget is not None):
+            raise UserError(
+                "several processes share the Hub's cache, and none knows what the others still need of it",
+                "leave --cache-budget and --no-keep-downloads out, or merge in one process",
+            )
+        watch = _guard(guard, donor_text, guard_limit)
+        with _downloading(keep_downloads, cache_budget), _planned(loaded, shard_size, allow_nan) as pipeline:
+            check_output_apart(target, pipeline.folders)
+            if watch is not None:
+                watch.check(loaded, pipeline)
+            place = None
+            if push_to_hub is not None and ranks.is_first:
+                from yeam.hub.target import check_target
+
+                place = check_target(push_to_hub, private=private, revision=revision)
+            settings = _Settings(target, device, memory, overwrite, resume, durable, progress, watch)
+            report = _carry_out(pipeline, loaded, settings, ranks)
+    return report if place is None else _pushed(report, place)
 
 
 def push(
@@ -134,45 +152,73 @@ def _pushed(report: MergeReport, target: Target) -> MergeReport:
     return replace(report, notes=[*report.notes, *found.notes, f"pushed to {found.url}, commit {found.commit}"])
 
 
-def _carry_out(
-    pipeline: Pipeline,
-    loaded: LoadedRecipe,
-    target: Path,
-    device: str,
-    memory: int | str | None,
-    overwrite: bool,
-    resume: bool,
-    progress: Callable[[Progress], None] | None,
-    guard: Guard | None = None,
-) -> MergeReport:
-    from contextlib import closing
+@dataclass(frozen=True)
+class _Settings:
+    """How a planned recipe is carried out; as in `merge`."""
 
+    target: Path
+    device: str
+    memory: int | str | None
+    overwrite: bool
+    resume: bool
+    durable: bool
+    progress: Callable[[Progress], None] | None
+    guard: Guard | None
+
+
+def _carry_out(pipeline: Pipeline, loaded: LoadedRecipe, settings: _Settings, ranks: Alone | Ranks) -> MergeReport:
     from yeam.engine.assemble import assemble
     from yeam.engine.memory import default_budget
     from yeam.engine.output import Output
-    from yeam.engine.run import run
+    from yeam.engine.ranks import Ranks
     from yeam.engine.stage import choose_device
     from yeam.engine.stages import make_stages
+    from yeam.engine.together import opened, run_together
     from yeam.report.licence import licensing
-    from yeam.report.merge_report import build_report
+    from yeam.report.merge_report import build_report, read_report
 
-    plan, checkpoints = pipeline.plan, pipeline.result.members.checkpoints
-    chosen = choose_device(device)
-    budget = default_budget() if memory is None else parse_size(memory)
-    with closing(Output(plan, target, resume=resume, overwrite=overwrite)) as output:
+    plan, checkpoints, target = pipeline.plan, pipeline.result.members.checkpoints, settings.target
+    chosen = choose_device(ranks.device(settings.device))
+    budget = default_budget(ranks.neighbours) if settings.memory is None else parse_size(settings.memory)
+    if isinstance(ranks, Ranks):
+        ranks.agree(_facts(plan, target, chosen.type))
+    options = {"resume": settings.resume, "overwrite": settings.overwrite, "durable": settings.durable}
+    with opened(plan, target, ranks, **options) as output:
         resumed = len(output.finished)
-        made, listener = make_stages(pipeline, output, device=chosen, memory=budget, listener=progress)
-        seconds = made.seconds + run(plan, checkpoints, output, device=chosen, memory=budget, listener=listener)
-        report = build_report(plan, output.finished, target, seconds, made.resumed + resumed, made.finished)
-        licences = licensing(pipeline)
-        if licences.is_conflict:
-            report.notes.append(f"the inputs' licences: {licences.sentence}")
-        assemble(plan, loaded, checkpoints, output, report, licences)
-        if guard is not None:
-            report = guard.hold(plan, output, report, device=chosen, memory=budget)
+        made, listener = make_stages(pipeline, output, ranks, device=chosen, memory=budget, listener=settings.progress)
+        seconds = made.seconds + run_together(
+            plan, checkpoints, output, ranks, device=chosen, memory=budget, listener=listener
+        )
+        if isinstance(output, Output):
+            report = build_report(plan, output.finished, target, seconds, made.resumed + resumed, made.finished)
+            licences = licensing(pipeline)
+            if licences.is_conflict:
+                report.notes.append(f"the inputs' licences: {licences.sentence}")
             assemble(plan, loaded, checkpoints, output, report, licences)
-        output.publish()
+            if settings.guard is not None:
+                report = settings.guard.hold(plan, output, report, device=chosen, memory=budget)
+                assemble(plan, loaded, checkpoints, output, report, licences)
+            output.publish()
+    if isinstance(ranks, Ranks):
+        if ranks.is_first:
+            ranks.tell("published", None)
+        else:
+            ranks.hear("published")
+            report = read_report(target)
     return report
+
+
+def _facts(plan: Plan, target: Path, device: str) -> dict[str, Any]:
+    """What has to be the same in every rank, the most telling differences first."""
+    from yeam.report.merge_report import versions
+
+    return {
+        **{f"version of {name}": versions().get(name) for name in ("yeam", "torch")},
+        "output folder": str(target),
+        "kind of device": device,
+        **{f"state of the model {model.label}": model.fingerprint for model in plan.models},
+        "plan": plan.hash(),
+    }
 
 
 def plan(

@@ -10,6 +10,7 @@ class YeamError(Exception):
     """
 
     exit_status = 1
+    told = False  # whether another process of the same merge prints it
 
     def __init__(self, message: str, remedy: str = "") -> None:
         self.message = message

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yeam.engine.ranks_store import place_here
 from yeam.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def inject(
     target's own, and little can be added. out: the folder to make, `./<target's name>-injected` by default. distill: text
     files to which the strengths of layer groups are fitted first (see `yeam.distill`); `distill_progress` is called with (steps done,
     steps in all). options: those of the plugin `inject` (policy, strength, strengths, budget, roles, layers, protect, …) and of
-    `yeam.merge` (device, memory, overwrite, guard, push_to_hub, …).
+    `yeam.merge` (device, memory, overwrite, guard, durable, distributed, …).
     Raises what `yeam.merge` raises.
 
         >>> import yeam
@@ -72,6 +73,10 @@ def inject(
     from yeam.engine.target import check_output_free
 
     check_output_free(folder.absolute(), bool(options.get("overwrite")))
+    if options.get("distributed") and place_here() is not None:
+        raise UserError(
+            "strengths are fitted in one process", "fit without torchrun or accelerate, or give `strengths` instead"
+        )
     if settings.get("strengths"):
         raise UserError("strengths are fitted to the text", "give either `strengths` or `distill`")
     texts = [distill] if isinstance(distill, str | os.PathLike) else list(distill)

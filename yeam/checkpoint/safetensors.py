@@ -46,6 +46,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self.notes = list(notes or [])
         self._headers = headers
         self._descriptors = Descriptors()
+        self._paths = {shard: folder / shard for shard in headers}
         self._places: dict[str, tuple[str, int]] = {}
         tensors: dict[str, TensorInfo] = {}
         for shard, header in headers.items():
@@ -112,7 +113,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def extent(self, name: str) -> Extent | None:
         shard, begin = self._places[name]
-        return Extent(self.folder / shard, begin, self.tensors[name].nbytes)
+        return Extent(self._paths[shard], begin, self.tensors[name].nbytes)
 
     def sample(self, name: str, blocks: int = 64, size: int = 4096) -> bytes:
         """Blocks of a tensor's bytes, spread evenly from its first to its last: enough to tell two tensors apart."""
@@ -135,7 +136,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def _stored(self, name: str) -> Stored:
         """Where the tensor lies; a subclass may have to fetch it first."""
         shard, begin = self._places[name]
-        return Stored(self.folder / shard, self._headers[shard].length, begin, self._descriptors)
+        return Stored(self._paths[shard], self._headers[shard].length, begin, self._descriptors)
 
 
 def check_index(name: str, where: str, weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> list[str]:
@@ -143,11 +144,14 @@ def check_index(name: str, where: str, weight_map: Mapping[str, str], headers: M
 
     Tensors that the shards hold and the index does not list are part of the model, as in transformers.
     """
-    for shard, header in headers.items():
-        missing = [tensor for tensor, place in weight_map.items() if place == shard and tensor not in header.tensors]
-        if missing:
+    missing: dict[str, list[str]] = {}
+    for tensor, place in weight_map.items():
+        if place in headers and tensor not in headers[place].tensors:
+            missing.setdefault(place, []).append(tensor)
+    for shard in headers:
+        if shard in missing:
             raise CheckpointError(
-                f"{where}: places {listed(missing)} in {shard}, which does not hold it",
+                f"{where}: places {listed(missing[shard])} in {shard}, which does not hold it",
                 "download index and shards again: they do not belong together",
             )
     unlisted = [tensor for header in headers.values() for tensor in header.tensors if tensor not in weight_map]

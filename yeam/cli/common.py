@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from yeam.engine.ranks_store import rank_here
 from yeam.errors import YeamError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
@@ -34,6 +35,10 @@ Revision = Annotated[
 KeepDownloads = Annotated[
     bool, typer.Option(help="Leave in the Hub's cache what was downloaded, or remove it when it has been used.")
 ]
+Durable = Annotated[
+    bool,
+    typer.Option(help="Let OUT appear when all of it is on the disk, so that a power loss cannot leave half of it."),
+]
 CacheBudget = Annotated[
     str | None, typer.Option(metavar="SIZE", help="No more than this of Hub models is on disk at a time, such as 20GB.")
 ]
@@ -45,8 +50,10 @@ _INTERRUPTION = ("interrupted", "run the same command again to continue", 130)
 def handled(debug: bool, as_json: bool = False) -> Iterator[None]:
     """Turn exceptions into one message on stderr and an exit status: 2 for what the user can fix, 1 for what broke.
 
-    The status is the same with `debug`, which prints the traceback before the message.
+    The status is the same with `debug`, which prints the traceback before the message. Of several processes that share a merge, one
+    prints what happened.
     """
+    rank = rank_here()
     try:
         with _noticed() as interrupts:
             yield
@@ -55,6 +62,8 @@ def handled(debug: bool, as_json: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         message, remedy, status = _INTERRUPTION
     except YeamError as error:
+        if error.told and not debug:
+            raise typer.Exit(error.exit_status) from None
         message, remedy, status = error.message, error.remedy, error.exit_status
         if debug:
             traceback.print_exc()
@@ -67,7 +76,11 @@ def handled(debug: bool, as_json: bool = False) -> Iterator[None]:
             traceback.print_exc()
     else:
         return
-    fail(message, remedy, status, as_json)
+    if rank > 0:
+        if status == 130:
+            raise typer.Exit(status)
+        message = message if message.startswith("rank ") else f"rank {rank}: {message}"
+    fail(message, remedy, status, as_json and rank == 0)
 
 
 @contextmanager
@@ -103,12 +116,3 @@ def fail(message: str, remedy: str, status: int, as_json: bool) -> NoReturn:
 def print_json(data: Any) -> None:
     """One JSON object on stdout."""
     typer.echo(json.dumps(data, default=str))
-
-
-def human(nbytes: float) -> str:
-    """Bytes with a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} TiB"

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from yeam.cli.common import AllowNan, Debug, Json, Quiet, ShardSize, handled, human, print_json
+from yeam.cli.common import AllowNan, Debug, Durable, Json, Quiet, ShardSize, handled, print_json
 from yeam.cli.progress import bar
+from yeam.engine.ranks_store import rank_here
 from yeam.errors import UserError
+from yeam.report.size import human_bytes
 
 if TYPE_CHECKING:
     from yeam.planning.jobs import Plan
@@ -25,12 +27,16 @@ def inject(
     out: Annotated[Path | None, typer.Option(help="The folder to make; ./<target>-injected otherwise.")] = None,
     policy: Annotated[str, typer.Option(metavar="union|consensus|priority", help="What is taken.")] = "union",
     budget: Annotated[
-        float | None, typer.Option(help="Largest change of a tensor relative to its norm, by all sources together.")
+        float | None,
+        typer.Option(help="Largest change of a tensor relative to its norm, by all sources together; 0.12 by default."),
     ] = None,
     strength: Annotated[float, typer.Option(help="Of every step; 1 is what was measured to be safe.")] = 1.0,
     roles: Annotated[
         str, typer.Option(metavar="ROLE,…", help="What is touched, such as mlp,attention,embedding,norm.")
     ] = "mlp,attention",
+    protect: Annotated[
+        str, typer.Option(metavar="space|rays|none", help="How the target's own progress is kept; rays is cheaper.")
+    ] = "space",
     layers: Annotated[str | None, typer.Option(metavar="A-B", help="Only these layers, both included.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan with the budget of every tensor.")] = False,
     distill: Annotated[
@@ -50,6 +56,7 @@ def inject(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run, or start over.")] = True,
     allow_nan: AllowNan = False,
+    durable: Durable = True,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -65,6 +72,7 @@ def inject(
     with handled(debug, as_json):
         models = [part for text in sources for part in text.split(",") if part]
         options: dict[str, Any] = {"policy": policy, "budget": budget, "strength": strength, "roles": roles}
+        options["protect"] = protect
         options |= {"layers": layers} if layers is not None else {}
         shared: dict[str, Any] = {"shard_size": shard_size, "allow_nan": allow_nan}
         if dry_run:
@@ -89,10 +97,14 @@ def inject(
                 memory=memory,
                 overwrite=overwrite,
                 resume=resume,
+                durable=durable,
+                distributed=True,
                 progress=listener,
                 **options,
                 **shared,
             )
+        if rank_here() > 0:
+            return
         if as_json:
             print_json(report.to_dict())
         elif not quiet:
@@ -100,7 +112,7 @@ def inject(
                 typer.echo(f"note: {note}", err=True)
             change = report.totals.get("relative_change") or 0.0
             typer.echo(
-                f"{report.out}: {report.totals['tensors']} tensors, {human(report.totals['bytes'])}, "
+                f"{report.out}: {report.totals['tensors']} tensors, {human_bytes(report.totals['bytes'])}, "
                 f"what was touched changed by {change:.2%}, {report.seconds:.1f} s",
                 err=True,
             )

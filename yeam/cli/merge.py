@@ -14,6 +14,7 @@ from yeam.cli.common import (
     AllowNan,
     CacheBudget,
     Debug,
+    Durable,
     Json,
     KeepDownloads,
     Like,
@@ -23,9 +24,10 @@ from yeam.cli.common import (
     Revision,
     ShardSize,
     handled,
-    human,
     print_json,
 )
+from yeam.engine.ranks_store import rank_here
+from yeam.report.size import human_bytes
 
 if TYPE_CHECKING:
     from yeam.engine.run import Progress
@@ -65,6 +67,7 @@ def merge(
     guard_limit: Annotated[
         float | None, typer.Option(metavar="SHARE", help="How much of the host's loss may be added; 0.005 by default.")
     ] = None,
+    durable: Durable = True,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -72,6 +75,8 @@ def merge(
     """Merge models as a recipe says.
 
     Example: yeam merge merge_configs/quickstart.yaml merged/quickstart
+
+    Several processes or machines that share a folder: torchrun --nproc-per-node 4 -m yeam merge CONFIG OUT, or accelerate launch.
     """
     import yeam
 
@@ -96,8 +101,12 @@ def merge(
                 guard=guard,
                 donor_text=donor_text,
                 guard_limit=guard_limit,
+                durable=durable,
+                distributed=True,
                 progress=listener,
             )
+        if rank_here() > 0:
+            return
         if as_json:
             print_json(report.to_dict())
         elif not quiet:
@@ -105,7 +114,7 @@ def merge(
                 typer.echo(f"note: {note}", err=True)
             kept = f", {report.resumed} of them kept from the interrupted run" if report.resumed else ""
             typer.echo(
-                f"{report.out}: {report.totals['tensors']} tensors{kept}, {human(report.totals['bytes'])}, "
+                f"{report.out}: {report.totals['tensors']} tensors{kept}, {human_bytes(report.totals['bytes'])}, "
                 f"{report.seconds:.1f} s",
                 err=True,
             )
@@ -114,7 +123,7 @@ def merge(
 @contextmanager
 def _progress(silent: bool) -> Iterator[Callable[[Progress], None] | None]:
     """A progress bar on stderr, none when that is not a terminal."""
-    if silent or not sys.stderr.isatty():  # rich would also believe variables such as FORCE_COLOR
+    if silent or rank_here() > 0 or not sys.stderr.isatty():  # rich would also believe variables such as FORCE_COLOR
         yield None
         return
     from rich.console import Console

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yeam.cli.common import AllowNan, Debug, Json, Like, Overrides, Quiet, ShardSize, handled, human, print_json
+from yeam.cli.common import AllowNan, Debug, Json, Like, Overrides, Quiet, ShardSize, handled, print_json
+from yeam.report.size import human_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,8 +56,8 @@ def plan(
         files = f"{len(planned.shards)} file{'s' if len(planned.shards) > 1 else ''}"
         console.print(
             f"{len(planned.jobs):,} tensors, {planned.total_parameters:,} parameters; "
-            f"reads {human(costs['read_bytes'])}, writes {human(planned.total_bytes)} in {files}; "
-            f"peak memory about {human(costs['peak_memory'])}",
+            f"reads {human_bytes(costs['read_bytes'])}, writes {human_bytes(planned.total_bytes)} in {files}; "
+            f"peak memory about {human_bytes(costs['peak_memory'])}",
             highlight=False,
         )
         for note in planned.notes:
@@ -80,5 +81,5 @@ def _table(planned: Plan, title: str, reads: dict[tuple[str, str], int]) -> Tabl
     for heading in ("tensors", "read", "write"):
         table.add_column(heading, justify="right")
     for (role, method), (count, nbytes) in summary(planned).items():
-        table.add_row(role, method, f"{count:,}", human(reads[role, method]), human(nbytes))
+        table.add_row(role, method, f"{count:,}", human_bytes(reads[role, method]), human_bytes(nbytes))
     return table

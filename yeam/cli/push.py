@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from yeam.cli.common import Debug, Json, Private, Quiet, Revision, handled, human, print_json
+from yeam.cli.common import Debug, Json, Private, Quiet, Revision, handled, print_json
+from yeam.report.size import human_bytes
 
 
 def push(
@@ -38,5 +39,6 @@ def push(
             for note in report.notes:
                 typer.echo(f"note: {note}", err=True)
             typer.echo(
-                f"{report.url}: {len(report.files)} files, {human(report.bytes)}, commit {report.commit[:12]}", err=True
+                f"{report.url}: {len(report.files)} files, {human_bytes(report.bytes)}, commit {report.commit[:12]}",
+                err=True,
             )

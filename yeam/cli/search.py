@@ -66,9 +66,9 @@ def search(
     Example: yeam search merge_configs/search.yaml --text README.md --trials 20 --out best.yaml
     """
     import yeam
-    from yeam.searching.team import is_first_process
+    from yeam.engine.ranks_store import rank_here
 
-    silent = quiet or as_json or not is_first_process()
+    silent = quiet or as_json or rank_here() > 0
     with handled(debug, as_json):
         with bar(silent, "trials", of_bytes=False) as listener:
             found = yeam.search(
@@ -93,7 +93,7 @@ def search(
                 trust_remote_code=trust_remote_code,
                 progress=listener,
             )
-        if not is_first_process():
+        if rank_here() > 0:
             return
         if as_json:
             print_json(found.to_dict())

@@ -1,4 +1,4 @@
-"""The journal of a merge: one JSON line naming the plan, then one for each finished tensor."""
+"""The journal of a merge: one JSON line naming the plan, one with the size of its tiles, then one for each finished tensor."""
 
 from __future__ import annotations
 
@@ -14,44 +14,28 @@ Entry = dict[str, Any]
 class Journal:
     """An append-only file of JSON lines that survives being cut off anywhere.
 
-    `plan` is the plan's hash from the first line, None for a new or empty journal; `entries` are the whole lines after
-    it that the file held when it was opened. A torn line, and whatever follows it, is not counted and is cut off before
-    the first append. Raises OSError.
+    `plan` is the plan's hash from the first line, None for a new or empty journal; `entries` are the whole lines of finished tensors
+    that the file held when it was opened, and `tile` the elements of the tiles in which they were computed. A torn line, and
+    whatever follows it, is not counted and is cut off before the first append. Raises OSError.
     """
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._guard = threading.Lock()
         self.plan: str | None = None
+        self.tile: int | None = None
         self.entries: list[Entry] = []
         try:
-            whole = self._replay(path.read_bytes())
+            self.plan, self.tile, self.entries, whole = _replay(path.read_bytes())
             os.ftruncate(self._fd, whole)
         except BaseException:
             self.close()
             raise
 
-    def _replay(self, content: bytes) -> int:
-        """Take over the whole lines; returns how many bytes they are."""
-        whole = 0
-        for line in content.splitlines(keepends=True):
-            try:
-                entry = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                entry = None
-            if not isinstance(entry, dict):
-                break
-            if whole == 0:
-                self.plan = str(entry.get("plan"))
-            else:
-                self.entries.append(entry)
-            whole += len(line)
-        return whole
-
     def restart(self, plan: str) -> None:
         """Forget everything and begin with the plan's hash."""
         os.ftruncate(self._fd, 0)
-        self.plan, self.entries = plan, []
+        self.plan, self.tile, self.entries = plan, None, []
         self.append({"plan": plan})
 
     def append(self, entry: Entry) -> None:
@@ -61,8 +45,41 @@ class Journal:
             while line:
                 line = line[os.write(self._fd, line) :]
 
+    def sync(self) -> None:
+        """Wait until everything is on the disk, or with the server of a network file system."""
+        os.fdatasync(self._fd)
+
     def close(self) -> None:
         """Release the file."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def read_journal(path: Path) -> tuple[str | None, list[Entry]]:
+    """The plan's hash and the whole entries of another process's journal, as `Journal` has them. Raises OSError."""
+    plan, _, entries, _ = _replay(path.read_bytes())
+    return plan, entries
+
+
+def _replay(content: bytes) -> tuple[str | None, int | None, list[Entry], int]:
+    """The plan's hash, the tile, the entries, and how many bytes the whole lines are."""
+    plan: str | None = None
+    tile: int | None = None
+    entries: list[Entry] = []
+    whole = 0
+    for line in content.splitlines(keepends=True):
+        try:
+            entry = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict):
+            break
+        if whole == 0:
+            plan = str(entry.get("plan"))
+        elif "tensor" in entry:
+            entries.append(entry)
+        else:
+            tile = entry.get("tile")
+        whole += len(line)
+    return plan, tile, entries, whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 GIB = 1 << 30
@@ -20,9 +21,37 @@ def anonymous_bytes() -> int:
     return 0
 
 
-def default_budget() -> int:
-    """A quarter of the machine's memory, at most 4 GiB."""
-    return min(4 * GIB, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+def physical_bytes() -> int:
+    """The machine's memory, or what of it this process may use with its page cache (the limits of its control groups)."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in _limits():
+        try:
+            found = min(found, int(path.read_text()))
+        except (OSError, ValueError):  # no such group, or `max`
+            continue
+    return found
+
+
+def _limits() -> Iterator[Path]:
+    """Files that may hold a limit in bytes: of version 2 those of every group above, of version 1 the process's own."""
+    root = Path("/sys/fs/cgroup")
+    yield root / "memory" / "memory.limit_in_bytes"
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        own = Path(name.lstrip("/"))
+        if not controllers:
+            yield from (root / group / "memory.max" for group in (own, *own.parents))
+        elif "memory" in controllers.split(","):
+            yield root / "memory" / own / "memory.limit_in_bytes"
+
+
+def default_budget(neighbours: int = 1) -> int:
+    """A quarter of the machine's memory, shared by `neighbours` processes, at most 4 GiB."""
+    return min(4 * GIB, physical_bytes() // (4 * neighbours))
 
 
 def keep_freed_memory() -> None:

@@ -1,32 +1,36 @@
 """The output folder while it is made: OUT.partial, planned shards, a journal, and one rename at the end.
 
-OUT.partial/model/          what becomes OUT
-OUT.partial/journal.jsonl   which tensors are finished, with the checksums of their bytes
-OUT.partial/lock            held while a process works here
-OUT.partial/replaced/       the old OUT, between the two renames of --overwrite
-OUT.partial/stages/         intermediates of a recipe of several stages
-OUT.partial/guard/          the output at a smaller strength, while a guard tries it
+OUT.partial/model/            what becomes OUT
+OUT.partial/journal.jsonl     which tensors are finished, with the checksums of their bytes
+OUT.partial/journal-R.jsonl   those that rank R has finished, where several processes share the work
+OUT.partial/lock              held while a process, or rank 0 of several, works here
+OUT.partial/replaced/         the old OUT, between the two renames of --overwrite
+OUT.partial/stages/           intermediates of a recipe of several stages
+OUT.partial/guard/            the output at a smaller strength, while a guard tries it
+
+What survives a power loss: nothing that a journal says is believed on resuming before the tensor's bytes have been compared with its
+checksum, so tensors and journals may reach the disk in any order. OUT gets its name only after all that it holds is on the disk.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-import xxhash
-
-from yeam.engine.journal import Journal
+from yeam.checkpoint.base import Extent
+from yeam.engine.journal import Entry, Journal, read_journal
+from yeam.engine.shards import Shards
 from yeam.engine.target import check_output_free, explained, partial_path
-from yeam.errors import OutputError, UserError, YeamError
+from yeam.errors import OutputError, UserError
 from yeam.planning.jobs import Job, Plan
 
 JOURNAL = "journal.jsonl"
+RANK_JOURNAL = "journal-{}.jsonl"
 LOCK = "lock"
 MODEL = "model"
 REPLACED = "replaced"
@@ -47,24 +51,40 @@ class Destination(Protocol):
     def done(self, job: Job, checksum: str, facts: dict[str, Any]) -> None:
         """Every byte of the tensor has been written."""
 
+    def place(self, job: Job) -> Extent | None:
+        """Where the tensor's bytes lie on the disk; None in memory."""
+
 
 class Output:
     """`OUT.partial` for one plan: opened, written in any order by several threads, then finished or left for a rerun.
 
     The journal's first line names the plan; each further line is a finished tensor with the checksum of its bytes
-    (XXH3-128) and its facts for the report. Opening again with the same plan keeps the tensors whose bytes still match.
+    (XXH3-128) and its facts for the report. Opening again with the same plan keeps the tensors whose bytes still match, also
+    those in the journals of other ranks of an earlier run. durable: OUT appears when all of it is on the disk, not before.
+    token: by which other ranks know the folder. `key` is the plan's hash.
     Raises OutputError where the folder cannot be made or another process works on it, UserError where it belongs to
     another plan.
     """
 
-    def __init__(self, plan: Plan, out: Path, *, resume: bool = True, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        *,
+        resume: bool = True,
+        overwrite: bool = False,
+        durable: bool = False,
+        token: str = "",
+    ) -> None:
         self.plan = plan
         self.out = out
         self.partial = partial_path(out)
         self.folder = self.partial / MODEL
         self.overwrite = overwrite
+        self.key = plan.hash()
         self.finished: dict[str, dict[str, Any]] = {}
-        self._fds: list[int] = []
+        self._durable, self._token = durable, token
+        self._shards = Shards(plan, self.folder, durable=durable)
         self._journal: Journal | None = None
         self._lock: IO[str] | None = None
         with explained(self.partial):
@@ -81,9 +101,9 @@ class Output:
             check_output_free(self.out, self.overwrite)
             if not resume:
                 self._clear()
-            self._begin()
-            self._allocate()
-            self._verify()
+            entries = self._begin()
+            self._shards.create()
+            self._take_over(entries)
         except BaseException:
             self.close()
             if created:
@@ -102,6 +122,9 @@ class Output:
         except OSError:
             lock.close()
             raise
+        lock.truncate(0)
+        lock.write(self._token)
+        lock.flush()
         self._lock = lock
 
     def _restore(self) -> None:
@@ -112,89 +135,76 @@ class Output:
 
     def _clear(self) -> None:
         """Remove what an earlier run left; never what is not YeAM's."""
-        for name in (JOURNAL, MODEL, REPLACED, STAGES, GUARD):
-            path = self.partial / name
+        for path in (
+            *self._rank_journals(),
+            *(self.partial / name for name in (JOURNAL, MODEL, REPLACED, STAGES, GUARD)),
+        ):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
-    def _begin(self) -> None:
-        """Open the journal, and decide whether what lies there is this merge."""
+    def _rank_journals(self) -> list[Path]:
+        return sorted(self.partial.glob(RANK_JOURNAL.format("*")))
+
+    def _begin(self) -> list[Entry]:
+        """Open the journal, and decide whether what lies there is this merge; returns what all journals hold."""
         self._journal = Journal(self.partial / JOURNAL)
-        plan = self.plan.hash()
-        if self._journal.plan is None and self.folder.exists():
+        found = [(self._journal.plan, self._journal.entries), *(read_journal(path) for path in self._rank_journals())]
+        plan = self.key
+        if self.folder.exists() and all(theirs is None for theirs, _ in found):
             raise OutputError(
                 f"{self.partial} holds files but no journal: it is not a merge that can continue",
                 "move it away, or pass --no-resume to start over",
             )
+        if any(theirs != plan and entries for theirs, entries in found):
+            raise UserError(
+                f"{self.partial} belongs to another merge: the recipe, an option or an input has changed since",
+                "pass --no-resume to start over, or restore the old recipe and inputs",
+            )
+        if self.folder.exists() and plan not in (
+            theirs for theirs, _ in found
+        ):  # of another merge that finished nothing
+            shutil.rmtree(self.folder)
         if self._journal.plan != plan:
-            if self._journal.entries:
-                raise UserError(
-                    f"{self.partial} belongs to another merge: the recipe, an option or an input has changed since",
-                    "pass --no-resume to start over, or restore the old recipe and inputs",
-                )
-            if self.folder.exists():  # of another merge that finished nothing
-                shutil.rmtree(self.folder)
             self._journal.restart(plan)
         self.folder.mkdir(exist_ok=True)
         shards = {shard.file for shard in self.plan.shards}
         for path in self.folder.iterdir():
             if path.name not in shards:  # written again at the end, from files that may have changed
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return [entry for _, entries in found for entry in entries]
 
-    def _allocate(self) -> None:
-        """Create every shard at its final size with its header, so that a full disk shows now and not in an hour."""
-        missing = sum(s.nbytes for s in self.plan.shards if not (self.folder / s.file).exists())
-        free = shutil.disk_usage(self.folder).free
-        if missing > free:
-            raise OutputError(
-                f"not enough disk space in {self.out.parent}: the merge writes {missing:,} bytes, {free:,} are free",
-                "free some space or choose another output folder",
-            )
-        for shard in self.plan.shards:
-            fd = os.open(self.folder / shard.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-            self._fds.append(fd)
-            if os.fstat(fd).st_size != shard.nbytes:
-                os.ftruncate(fd, shard.nbytes)
-            try:
-                os.posix_fallocate(fd, 0, shard.nbytes)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-            header = shard.header.encode()
-            self._pwrite(fd, memoryview(len(header).to_bytes(8, "little") + header), 0)
-
-    def _verify(self) -> None:
-        """Take over the tensors of an interrupted run whose bytes are what the journal says."""
+    def _take_over(self, entries: Sequence[Entry]) -> None:
+        """Keep the tensors of an interrupted run whose bytes are what the journals say; afterwards one journal has them all."""
         assert self._journal is not None
+        known = {entry.get("tensor") for entry in self._journal.entries}
         by_name = {job.name: job for job in self.plan.jobs}
-        for entry in self._journal.entries:
+        for entry in entries:
             job = by_name.get(entry.get("tensor", ""))
-            if job is not None and self._checksum(job) == entry.get("xxh3"):
-                self.finished[job.name] = entry
+            if job is None or job.name in self.finished or self._shards.checksum(job) != entry.get("xxh3"):
+                continue
+            self.finished[job.name] = entry
+            if job.name not in known:
+                self._journal.append(entry)
+        for path in self._rank_journals():
+            path.unlink()
+        if entries:
+            self._shards.forget()
 
-    def _checksum(self, job: Job) -> str:
-        digest = xxhash.xxh3_128()
-        at = job.begin
-        while at < job.end:
-            chunk = os.pread(self._fds[job.shard], min(1 << 22, job.end - at), at)
-            if not chunk:
-                return ""
-            digest.update(chunk)
-            at += len(chunk)
-        return digest.hexdigest()
+    def settle(self, tile: int) -> int:
+        """The elements of a tile for this run: those of the run that is continued, if they fit, because sums may depend on them."""
+        assert self._journal is not None
+        if self._journal.tile is None or self._journal.tile > tile:
+            self._journal.tile = tile
+            with explained(self.partial):
+                self._journal.append({"tile": tile})
+        return self._journal.tile
 
     def write(self, job: Job, offset: int, data: memoryview) -> None:
         """Write bytes of a tensor at `offset` from its beginning. Safe from several threads. Raises OutputError."""
         with explained(self.partial):
-            self._pwrite(self._fds[job.shard], data, job.begin + offset)
-
-    @staticmethod
-    def _pwrite(fd: int, data: memoryview, offset: int) -> None:
-        while data:
-            count = os.pwrite(fd, data, offset)
-            data, offset = data[count:], offset + count
+            self._shards.write(job, offset, data)
 
     def done(self, job: Job, checksum: str, facts: dict[str, Any]) -> None:
         """Note in the journal that every byte of the tensor is written."""
@@ -202,13 +212,44 @@ class Output:
         entry = {"tensor": job.name, "xxh3": checksum, "facts": facts}
         with explained(self.partial):
             self._journal.append(entry)
+            self._shards.done(job)
         self.finished[job.name] = entry
+
+    def place(self, job: Job) -> Extent | None:
+        """Where the tensor's bytes lie in the file that is being written."""
+        return self._shards.place(job)
+
+    def gather(self, ranks: Sequence[int], *, suspicious: bool) -> None:
+        """Take over what these ranks have finished. suspicious: look at all bytes again, because they come from other machines.
+
+        Raises OutputError where bytes are not what was written: then the next run makes those tensors again.
+        """
+        with explained(self.partial):
+            for rank in ranks:
+                _, entries = read_journal(self.partial / RANK_JOURNAL.format(rank))
+                self.finished.update((entry["tensor"], entry) for entry in entries)
+            lost = [job.name for job in self.plan.jobs if job.name not in self.finished]
+            if suspicious:
+                self._shards.sync()
+                self._shards.reopen()
+                lost += [
+                    job.name
+                    for job in self.plan.jobs
+                    if job.name in self.finished and self._shards.checksum(job) != self.finished[job.name]["xxh3"]
+                ]
+        if lost:
+            raise OutputError(
+                f"{self.partial}: {len(lost)} tensors are not what the processes wrote, such as {lost[0]}",
+                "run again: the merge continues; if this comes back, the folder's file system is not fit for several machines",
+            )
 
     def restart(self) -> None:
         """Forget what is finished, because other bytes are about to take its place: a run that is killed then starts over."""
         assert self._journal is not None
         with explained(self.partial):
-            self._journal.restart(self.plan.hash())
+            self._journal.restart(self.key)
+            for path in self._rank_journals():
+                path.unlink()
         self.finished = {}
 
     def add_file(self, name: str, content: str | bytes) -> None:
@@ -221,7 +262,10 @@ class Output:
     def publish(self) -> None:
         """Turn OUT.partial/model into OUT: all that belongs there is there, nothing else is. Raises OutputError."""
         with explained(self.out):
-            self._check_whole()
+            self._shards.check_whole()
+            if self._durable:
+                self._shards.sync()
+                _sync_small_files(self.folder, {shard.file for shard in self.plan.shards})
             self._close_files()
             replaced = self.partial / REPLACED
             if os.path.lexists(self.out):
@@ -234,25 +278,17 @@ class Output:
             except OSError:
                 self._restore()
                 raise
-            _sync_folder(self.out)
-            _sync_folder(self.out.parent)
+            if self._durable:
+                _sync_folder(self.out.parent)
+                _sync_folder(self.partial)
             with contextlib.suppress(OSError):  # OUT is there: what cannot be tidied up does no harm
                 self._clear()
                 (self.partial / LOCK).unlink()
                 self.partial.rmdir()
         self.close()
 
-    def _check_whole(self) -> None:
-        """Every shard must still be the file that was written: OUT.partial is within reach of others for hours."""
-        for shard, fd in zip(self.plan.shards, self._fds):
-            path, ours = self.folder / shard.file, os.fstat(fd)
-            if not path.exists() or not os.path.samestat(path.stat(), ours) or ours.st_size != shard.nbytes:
-                raise YeamError(f"{path} was removed or replaced while the merge was writing it", "run the merge again")
-
     def _close_files(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = []
+        self._shards.close()
         if self._journal is not None:
             self._journal.close()
             self._journal = None
@@ -265,10 +301,23 @@ class Output:
             self._lock = None
 
 
+def _sync_small_files(folder: Path, shards: Collection[str]) -> None:
+    """Wait until everything in the folder but the shards is on the disk, names included. Raises OSError."""
+    for place, _, files in os.walk(folder):
+        for file in files:
+            if file not in shards:
+                _sync(Path(place, file))
+        _sync_folder(Path(place))
+
+
 def _sync_folder(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    with contextlib.suppress(OSError):  # some file systems cannot
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

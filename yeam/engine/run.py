@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -22,20 +22,24 @@ from torch import Tensor
 from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.dtypes import DTYPES
 from yeam.engine.checks import checked_square, culprit
+from yeam.engine.copying import copied
 from yeam.engine.downloads import Downloads
+from yeam.engine.dropbehind import DropBehind
 from yeam.engine.memory import anonymous_bytes, cores, keep_freed_memory
 from yeam.engine.output import Destination
 from yeam.engine.readahead import ReadAhead
-from yeam.engine.stage import stage_for
-from yeam.engine.tiles import Cancelled, JobInputs, Lane, tile_bytes
-from yeam.engine.totals import Totals
+from yeam.engine.stage import CpuStage, free_bytes, stage_for
+from yeam.engine.stepdown import LEAST_TILE, stepping_down
+from yeam.engine.tiles import Cancelled, JobInputs, Lane, device_bytes, tile_bytes
+from yeam.engine.totals import Pool, Totals
 from yeam.errors import UserError, YeamError
 from yeam.methods import method_named
 from yeam.planning.jobs import Input, Job, Plan
 
 CPU_TILE = 1 << 18  # elements: large enough that calls into torch do not count, small enough for the caches
-CUDA_TILE = 1 << 24
-LEAST_TILE = 1 << 16
+CUDA_TILE = 1 << 24  # as many elements where the device's free memory allows: more would not be faster
+CUDA_SHARE = 0.8  # of the free memory: the rest is for what methods allocate on the way
+WATCH = 0.2  # seconds between looks at the other processes
 AMPLE = 128 << 20  # bytes for a lane's tiles on the CPU: of many sources tiles are shorter, and memory does not grow
 
 
@@ -61,26 +65,46 @@ def run(
     device: torch.device,
     memory: int,
     listener: Listener | None = None,
+    tile: int | None = None,
+    jobs: Sequence[Job] | None = None,
+    watch: Callable[[], None] | None = None,
+    neighbours: int = 1,
+    pool: Pool | None = None,
 ) -> float:
     """Carry out every job of the plan that the output does not hold yet; returns the seconds that it took.
 
-    memory: bytes of anonymous memory for the whole process. Raises UserError before any work when a job cannot fit into it,
-    CheckpointError for NaN or Inf in a source (unless `plan.allow_nan`) and for inputs that fail while read, OutputError for the
-    disk. On an error or an interrupt the output keeps what is finished.
+    memory: bytes of anonymous memory for the whole process. tile: elements, if not `tile_for` the plan. Of several processes each is
+    given the `jobs` that are its own, the number of `neighbours` on this machine with itself, a `pool` for sums over the model, and
+    `watch`, which is called several times a second and may raise to end the run. What is computed depends neither on them nor on how
+    many lanes there are.
+    Raises UserError before any work when a job cannot fit into the memory, CheckpointError for NaN or Inf in a source (unless
+    `plan.allow_nan`) and for inputs that fail while read, OutputError for the disk. On an error or an interrupt the output keeps what
+    is finished.
     """
     started = time.monotonic()
     keep_freed_memory()
     todo = [job for job in plan.jobs if job.name not in output.finished]
-    lanes, tile = _lanes(todo, checkpoints, device, memory)
+    if jobs is not None:
+        todo = [job for job in jobs if job.name not in output.finished]
+    lanes, fitting = _lanes(plan.jobs, checkpoints, device, memory)
+    tile = fitting if tile is None else tile
+    lanes = max(1, min(lanes, len(todo), cores() // neighbours))
     done = len(plan.jobs) - len(todo)
     written = plan.total_bytes - sum(job.nbytes for job in todo)
     ordered = _order(todo, lanes)
     downloads = Downloads(plan.jobs, ordered, checkpoints)
-    crew = _Crew(plan, checkpoints, output, device, lanes, tile, downloads)
-    with _intra_op_threads(max(1, cores() // lanes)), downloads, ReadAhead(checkpoints) as ahead:
+    behind = DropBehind(plan, todo, checkpoints, output)
+    crew = _Crew(plan, checkpoints, output, device, lanes, tile, downloads, behind, pool, memory)
+    # sums and factorizations differ in their last bits with the number of threads, and no output may depend on the lanes
+    with (
+        _intra_op_threads(1 if device.type == "cpu" else max(1, cores() // lanes)),
+        downloads,
+        behind,
+        ReadAhead(checkpoints) as ahead,
+    ):
         crew.start(ordered, ahead)
         try:
-            for job in crew.results(len(todo)):
+            for job in crew.results(len(todo), watch):
                 done += 1
                 written += job.nbytes
                 if listener is not None:
@@ -88,6 +112,11 @@ def run(
         finally:
             crew.stop()
     return time.monotonic() - started
+
+
+def tile_for(plan: Plan, checkpoints: Sequence[Checkpoint], device: torch.device, memory: int) -> int:
+    """The elements of the plan's tiles, whatever part of it is to be done. Raises UserError where a job cannot fit into `memory`."""
+    return _lanes(plan.jobs, checkpoints, device, memory)[1]
 
 
 def check_memory(plan: Plan, checkpoints: Sequence[Checkpoint], device: torch.device, memory: int) -> None:
@@ -125,7 +154,7 @@ def _lanes(
 ) -> tuple[int, int]:
     """How many jobs run at a time, and the elements of a tile: fewer than usual where many sources would not fit."""
     available = memory - anonymous_bytes()
-    tile = CUDA_TILE if device.type == "cuda" else _ample_tile(todo, checkpoints)
+    tile = _ample_tile(todo, checkpoints) if device.type == "cpu" else _device_tile(todo, checkpoints, device)
     largest = max(todo, key=lambda job: job.resident, default=None)
     if largest is None:
         return 1, tile
@@ -153,6 +182,17 @@ def _ample_tile(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> int:
     return tile
 
 
+def _device_tile(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint], device: torch.device) -> int:
+    """Elements of a tile on a device with memory of its own; jobs that do not fit there at all do not count."""
+    room = CUDA_SHARE * free_bytes(device)
+    tile = CUDA_TILE
+    while tile > LEAST_TILE and any(
+        room - device_bytes(job, checkpoints, tile) < job.resident < room for job in jobs
+    ):
+        tile //= 2
+    return tile
+
+
 def _lane_count(todo: Sequence[Job], available: int, tiles: int, resident: int, most: int) -> int:
     """As many lanes as fit with the largest job in each of them, at most one a core."""
     return max(1, min(most, len(todo), available // max(1, tiles + resident)))
@@ -176,44 +216,67 @@ class _Crew:
         lanes: int,
         tile: int,
         downloads: Downloads,
+        behind: DropBehind,
+        pool: Pool | None,
+        memory: int,
     ) -> None:
+        self._memory = memory
         self._downloads = downloads
+        self._behind = behind
         self._plan = plan
         self._checkpoints = checkpoints
         self._output = output
-        self._totals = Totals(plan, checkpoints)
+        self._totals = Totals(plan, checkpoints, pool)
         self._halt = threading.Event()
         self._results: SimpleQueue[Job | BaseException] = SimpleQueue()
         threads = lanes == 1 or device.type == "cuda"
-        self._lanes = [Lane(stage_for(device), tile, self._halt, threads=threads) for _ in range(lanes)]
+        spare = self._on_the_cpu if device.type == "cuda" else None
+        self._lanes = [Lane(stage_for(device), tile, self._halt, threads=threads, spare=spare) for _ in range(lanes)]
+        self._spare: Lane | None = None
         self._threads: list[threading.Thread] = []
         self._taking = threading.Lock()
 
     def start(self, todo: deque[Job], ahead: ReadAhead) -> None:
         threads = torch.get_num_threads()
         for number, lane in enumerate(self._lanes):
+            for helper in (lane.reader, lane.writer):
+                helper.submit(torch.set_num_threads, threads)  # the setting belongs to the thread
             thread = threading.Thread(target=self._work, args=(lane, todo, ahead, threads), name=f"yeam-lane-{number}")
             thread.start()
             self._threads.append(thread)
 
-    def results(self, count: int) -> Iterator[Job]:
+    def results(self, count: int, watch: Callable[[], None] | None) -> Iterator[Job]:
         for _ in range(count):
-            result = self._results.get()
+            result = self._next(watch)
             if isinstance(result, BaseException):
                 raise result
             yield result
+
+    def _next(self, watch: Callable[[], None] | None) -> Job | BaseException:
+        while watch is not None:
+            watch()
+            with contextlib.suppress(Empty):
+                return self._results.get(timeout=WATCH)
+        return self._results.get()
 
     def stop(self) -> None:
         self._halt.set()
         for thread in self._threads:
             thread.join()
-        for lane in self._lanes:
+        for lane in [*self._lanes, *([self._spare] if self._spare is not None else [])]:
             lane.close()
 
+    def _on_the_cpu(self, job: Job) -> Lane:
+        """A lane for a job that does not fit on the device. Raises UserError where it does not fit into the memory either."""
+        _, tile = _lanes([job], self._checkpoints, torch.device("cpu"), self._memory)
+        if self._spare is None:  # there is one lane on CUDA, so nobody else makes it at the same time
+            self._spare = Lane(CpuStage(), tile, self._halt, threads=True)
+        self._spare.tile_elements = tile
+        return self._spare
+
     def _work(self, lane: Lane, todo: deque[Job], ahead: ReadAhead, threads: int) -> None:
-        torch.set_num_threads(threads)  # the setting belongs to the thread
+        torch.set_num_threads(threads)
         try:
-            sink = _Sink(lane, self._output, self._plan.allow_nan)
             with torch.inference_mode():
                 while not self._halt.is_set():
                     with self._taking:
@@ -221,7 +284,7 @@ class _Crew:
                             return
                         job = todo.popleft()
                         ahead.upcoming(todo)
-                    self._carry_out(job, lane, sink)
+                    self._carry_out(job, lane)
                     self._results.put(job)
         except Cancelled:
             pass
@@ -229,39 +292,57 @@ class _Crew:
             self._halt.set()
             self._results.put(error)
 
-    def _carry_out(self, job: Job, lane: Lane, sink: _Sink) -> None:
+    def _carry_out(self, job: Job, lane: Lane) -> None:
         self._downloads.take(job, self._halt.is_set)  # before tiles are cut by where its bytes lie
-        inputs = JobInputs(job, self._checkpoints, lane, totals=self._totals)
-        sink.begin(job, lambda start, stop: culprit(job, self._checkpoints, start, stop))
+
+        def blame(start: int, stop: int) -> YeamError:
+            return culprit(job, self._checkpoints, start, stop)
+
         if job.method == "copy":
-            tiles: Iterator[Tensor] = (tile.sources_KT[0] for tile in inputs.tiles())
+            checksum, facts = copied(job, self._checkpoints, self._output, lane, blame, allow_nan=self._plan.allow_nan)
         else:
-            tiles = method_named(job.method).run(inputs, job.parameters)
-        with contextlib.closing(tiles):  # type: ignore[type-var]
-            for tile_T in tiles:
-                sink.put(tile_T)
-        checksum, facts = sink.end()
-        if inputs.facts:
-            facts["parts" if len(inputs.facts) > 1 else "update"] = (
-                inputs.facts if len(inputs.facts) > 1 else inputs.facts[0]
-            )
+            checksum, facts = stepping_down(job, lane, lambda lane: self._computed(job, lane, blame))
+            if lane.stepped_down:
+                facts["stepped_down"], lane.stepped_down = lane.stepped_down, {}
         found = {i.model: f for i in job.reads if (f := self._checkpoints[i.model].facts(i.tensor))}
         if found:
             facts["inputs"] = {self._plan.models[model].label: fact for model, fact in found.items()}
         self._output.done(job, checksum, facts)
         self._downloads.done(job)
+        self._behind.done(job)
+
+    def _computed(
+        self, job: Job, lane: Lane, blame: Callable[[int, int], YeamError]
+    ) -> tuple[str, dict[str, Any]]:
+        """The checksum and the facts of a tensor that a method makes."""
+        inputs = JobInputs(job, self._checkpoints, lane, totals=self._totals)
+        sink = _Sink(job, lane, self._output, self._plan.allow_nan, blame)
+        tiles = method_named(job.method).run(inputs, job.parameters)
+        try:
+            with contextlib.closing(tiles):  # type: ignore[type-var]
+                for tile_T in tiles:
+                    sink.put(tile_T)
+        except torch.OutOfMemoryError:
+            sink.settle()
+            raise
+        checksum, facts = sink.end()
+        if inputs.facts:
+            facts["parts" if len(inputs.facts) > 1 else "update"] = (
+                inputs.facts if len(inputs.facts) > 1 else inputs.facts[0]
+            )
+        return checksum, facts
 
 
 class _Sink:
     """Where a job's output tiles go: converted, checked, hashed and written, two buffers deep."""
 
-    def __init__(self, lane: Lane, output: Destination, allow_nan: bool) -> None:
+    def __init__(
+        self, job: Job, lane: Lane, output: Destination, allow_nan: bool, blame: Callable[[int, int], YeamError]
+    ) -> None:
         self._lane = lane
         self._output = output
         self._allow_nan = allow_nan
         self._writing: list[Future[None] | None] = [None, None]
-
-    def begin(self, job: Job, blame: Callable[[int, int], YeamError]) -> None:
         self._job = job
         self._blame = blame
         self._dtype = DTYPES[job.dtype].torch
@@ -290,12 +371,16 @@ class _Sink:
         self._writing[self._slot] = self._lane.writer.submit(write)
         self._slot = 1 - self._slot
 
-    def end(self) -> tuple[str, dict[str, Any]]:
-        """Wait for the writes; returns the checksum of the tensor's bytes and the norm of its values."""
+    def settle(self) -> None:
+        """Wait for the writes that are under way."""
         for writing in self._writing:
             if writing is not None:
                 writing.result()
         self._writing = [None, None]
+
+    def end(self) -> tuple[str, dict[str, Any]]:
+        """Wait for the writes; returns the checksum of the tensor's bytes and the norm of its values."""
+        self.settle()
         if self._at != self._job.numel:
             raise YeamError(
                 f"{self._job.name}: method {self._job.method} gave {self._at} of {self._job.numel} values",

@@ -33,6 +33,13 @@ class CpuStage:
         """A uint8 tensor in host memory to read into or write from."""
         return torch.empty(nbytes, dtype=torch.uint8)
 
+    def memory(self, nbytes: int) -> Tensor:
+        """A uint8 tensor in the device's memory. Raises torch.OutOfMemoryError where CUDA has too little."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def release(self) -> None:
+        """Give memory that nobody refers to any more back to the device."""
+
     def upload(self, raw_T: Tensor, out_T: Tensor) -> Wait:
         """Copy raw_T (host) into out_T (device, any dtype). The returned call waits until raw_T's memory may be used again."""
         out_T.copy_(raw_T)
@@ -50,7 +57,8 @@ class CpuStage:
 class CudaStage:
     """A CUDA device with one stream for each direction beside the computing one.
 
-    `api` is torch.cuda, or something that offers the same `Stream`, `Event`, `stream`, `current_stream` and `synchronize`.
+    `api` is torch.cuda, or something that offers the same `Stream`, `Event`, `stream`, `current_stream`, `synchronize` and
+    `empty_cache`.
     """
 
     def __init__(self, device: torch.device, api: Any = torch.cuda) -> None:
@@ -62,6 +70,13 @@ class CudaStage:
 
     def buffer(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pin)
+
+    def memory(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def release(self) -> None:
+        self.finish()
+        self._api.empty_cache()
 
     def upload(self, raw_T: Tensor, out_T: Tensor) -> Wait:
         compute = self._api.current_stream(self.device)
@@ -98,6 +113,11 @@ Stage = CpuStage | CudaStage
 def stage_for(device: torch.device) -> Stage:
     """The stage of a device: CUDA with its streams, the CPU otherwise."""
     return CudaStage(device) if device.type == "cuda" else CpuStage()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a CUDA device that nobody uses now, in bytes."""
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def choose_device(name: str) -> torch.device:

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +28,12 @@ from yeam.checkpoint.base import claim
 from yeam.checkpoint.dtypes import DTYPES
 from yeam.engine.checks import checked_square, culprit
 from yeam.engine.output import STAGES, Output
-from yeam.engine.run import Listener, Progress, check_memory, run
+from yeam.engine.ranks import Alone, Ranks
+from yeam.engine.run import Listener, Progress, check_memory
 from yeam.engine.stage import CpuStage
 from yeam.engine.target import explained
 from yeam.engine.tiles import JobInputs, Lane, tile_bytes, tile_step
+from yeam.engine.together import RankOutput, opened, run_together
 from yeam.engine.totals import Totals
 from yeam.methods import method_named
 from yeam.methods.inputs import Tile
@@ -149,9 +152,17 @@ class StagesMade:
 
 
 def make_stages(
-    pipeline: Pipeline, output: Output, *, device: torch.device, memory: int, listener: Listener | None = None
+    pipeline: Pipeline,
+    output: Output | RankOutput,
+    ranks: Alone | Ranks,
+    *,
+    device: torch.device,
+    memory: int,
+    listener: Listener | None = None,
 ) -> tuple[StagesMade, Listener | None]:
     """Write every intermediate that is not streamed, in order; a rerun continues. Also returns the listener for the result.
+
+    Of several ranks each calls it, and takes its share of every stage.
 
     Raises UserError before any work when a job of any stage cannot fit into `memory`, OutputError when the disk cannot hold
     all of them, and what `run` raises.
@@ -164,36 +175,46 @@ def make_stages(
     shown = _Shown(listener, [plan for plan in plans if any(stage.plan is plan for stage in written)] + plans[-1:])
     with contextlib.ExitStack() as stack:
         plans_written = [stage.plan for stage in written]
-        outputs = [stack.enter_context(contextlib.closing(each)) for each in _outputs(plans_written, output)]
+        outputs = [stack.enter_context(each) for each in _outputs(plans_written, output, ranks)]
         for stage, folder in zip(written, outputs):
             assert stage.checkpoint is not None
             name = stage.checkpoint.reference
             made.resumed += len(folder.finished)
-            made.seconds += run(
+            made.seconds += run_together(
                 stage.plan,
                 stage.members.checkpoints,
                 folder,
+                ranks,
                 device=device,
                 memory=memory,
                 listener=shown.of(stage.plan),
             )
             made.finished[name] = folder.finished
-            if len(stage.plan.shards) > 1:
+            if isinstance(folder, Output) and len(stage.plan.shards) > 1:
                 folder.add_file("model.safetensors.index.json", index_json(stage.plan))
+            if isinstance(ranks, Ranks):
+                ranks.wait(f"{folder.key}/whole")
             stage.checkpoint.reader = pipeline.keep(open_checkpoint(str(folder.folder), reference=name))
     return made, shown.of(plans[-1])
 
 
-def _outputs(plans: Sequence[Plan], output: Output) -> Iterator[Output]:
+def _outputs(
+    plans: Sequence[Plan], output: Output | RankOutput, ranks: Alone | Ranks
+) -> Iterator[contextlib.AbstractContextManager[Output | RankOutput]]:
     """The folders of the stages, all allocated before any work; those of other plans are removed."""
     folder = output.partial / STAGES
+    if isinstance(output, Output):
+        _remove_others(plans, folder)
+    for plan in plans:
+        yield opened(plan, folder / plan.hash(), ranks)
+
+
+def _remove_others(plans: Sequence[Plan], folder: Path) -> None:
     with explained(folder):
         wanted = {f"{plan.hash()}.partial" for plan in plans}
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.name not in wanted:
                 shutil.rmtree(path)
-    for plan in plans:
-        yield Output(plan, folder / plan.hash())
 
 
 class _Shown:

@@ -49,10 +49,22 @@ class Lane:
 
     Several lanes on a CPU read, compute and write at different times anyway, and handing tiles between threads costs more than it
     hides (a third of the time of a linear merge on two cores): then `threads` is False and a lane does all three itself.
+    `spare` gives a lane on the CPU for a job that does not fit on the device, `stepped_down` says that something did not (see
+    `yeam.engine.stepdown`).
     """
 
-    def __init__(self, stage: Stage, tile_elements: int, stop: threading.Event, *, threads: bool) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        tile_elements: int,
+        stop: threading.Event,
+        *,
+        threads: bool,
+        spare: Callable[[Job], Lane] | None = None,
+    ) -> None:
         self.stage = stage
+        self.spare = spare
+        self.stepped_down: dict[str, Any] = {}
         self.tile_elements = tile_elements
         self.stop = stop
         self.reader: Executor = ThreadPoolExecutor(1, "yeam-read") if threads else Inline()
@@ -72,8 +84,13 @@ class Lane:
         nbytes = math.prod(shape) * dtype.itemsize
         known = self._buffers.get(key)
         if known is None or known.numel() < nbytes:
-            known = self._buffers[key] = torch.empty(nbytes, dtype=torch.uint8, device=self.stage.device)
+            known = self._buffers[key] = self.stage.memory(nbytes)
         return known[:nbytes].view(dtype).view(shape)
+
+    def release(self) -> None:
+        """Let go of all buffers, so that the next ones may be smaller."""
+        self._buffers.clear()
+        self.stage.release()
 
     def close(self) -> None:
         self.reader.shutdown(wait=True, cancel_futures=True)
@@ -187,4 +204,16 @@ def tile_bytes(job: Job, checkpoints: Sequence[Checkpoint], tile_elements: int) 
         step = min(tile_step(part, checkpoints, tile_elements), max(math.prod(part.shape), 1))
         stored = sum(checkpoints[i.model].tensors[i.tensor].storage.itemsize for i in part.inputs)
         total += step * ((AHEAD + 1) * stored + work * (len(part.inputs) + 4) + 3 * DTYPES[job.dtype].itemsize)
+    return total
+
+
+def device_bytes(job: Job, checkpoints: Sequence[Checkpoint], tile_elements: int) -> int:
+    """Bytes of a device's own memory for the tiles of this job: what is on its way in and out, working copies, temporaries."""
+    work = DTYPES[job.work].itemsize
+    total = 0
+    parts: list[Job | Companion] = [job, *job.companions.values()]
+    for part in parts:
+        step = min(tile_step(part, checkpoints, tile_elements), max(math.prod(part.shape), 1))
+        stored = sum(checkpoints[i.model].tensors[i.tensor].storage.itemsize for i in part.inputs)
+        total += step * (stored + work * (len(part.inputs) + 6) + 2 * DTYPES[job.dtype].itemsize)
     return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from yeam.checkpoint import Checkpoint, TensorInfo, open_checkpoint, with_adapter
@@ -13,14 +13,20 @@ from yeam.plugins import plugin_references
 from yeam.recipe import LoadedRecipe, ModelRef, StageRef
 from yeam.recipe.globs import training_step
 
+_NOT_OF_THE_ANATOMY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+
 
 @dataclass(eq=False)
 class Member:
-    """One input model: its reference, its index in the plan, its checkpoint, and what its tensors mean."""
+    """One input model: its reference, its index in the plan, its checkpoint, and what its tensors mean.
+
+    `peers` are members whose anatomy is this one's, too, where they have the same tensors and config.
+    """
 
     ref: ModelRef
     index: int
     checkpoint: Checkpoint
+    peers: Sequence[Member] = field(default=(), repr=False)
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -29,6 +35,21 @@ class Member:
         A head that only shares storage with the embedding counts as a tensor of its own where the config says that the
         two are not tied: a loader would miss it. What is stored apart is not tied, whatever the config says.
         """
+        # fine-tunes of one model are described once: a name takes 50 µs, and there may be 20,000
+        for peer in self.peers:
+            if peer is not self and "anatomy" in vars(peer) and peer._stated == self._stated:
+                return peer.anatomy
+        return self._described()
+
+    @cached_property
+    def _stated(self) -> tuple[object, ...]:
+        """All that the anatomy follows from; the order of the tensors is part of it."""
+        checkpoint = self.checkpoint
+        config = {key: value for key, value in checkpoint.config.items() if key not in _NOT_OF_THE_ANATOMY}
+        shapes = [(name, info.shape) for name, info in checkpoint.tensors.items()]
+        return config, shapes, dict(checkpoint.aliases), checkpoint.apart
+
+    def _described(self) -> Anatomy:
         shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
         aliases = {name: shapes[kept] for name, kept in self.checkpoint.aliases.items() if kept in shapes}
         if aliases:
@@ -147,7 +168,7 @@ class Members(Sequence[Member]):
                     raise type(error)(f"{loaded.locate(path)}: {error.message}", remedy) from error
                 if not checkpoint.tensors:
                     raise CheckpointError(f"{loaded.locate(path)}: {ref} holds no tensors", "check the model")
-                self._by_ref[ref] = Member(ref, len(self._members), checkpoint)
+                self._by_ref[ref] = Member(ref, len(self._members), checkpoint, self._members)
                 self._members.append(self._by_ref[ref])
         except BaseException:
             self.close()
@@ -161,7 +182,7 @@ class Members(Sequence[Member]):
 
     def add(self, ref: ModelRef, checkpoint: Checkpoint) -> Member:
         """Take in a model that is computed from others; its checkpoint is closed with the rest."""
-        member = Member(ref, len(self._members), checkpoint)
+        member = Member(ref, len(self._members), checkpoint, self._members)
         self._members.append(member)
         return member
 
@@ -174,7 +195,7 @@ class Members(Sequence[Member]):
             opened = self._opened.setdefault(index, member.checkpoint)
             shown = views.get(index, opened)
             if member.checkpoint is not shown:  # a new member, whose tensors are described anew
-                self._members[index] = Member(member.ref, index, shown)
+                self._members[index] = Member(member.ref, index, shown, self._members)
         self._by_ref = {ref: self._members[member.index] for ref, member in self._by_ref.items()}
 
     @property

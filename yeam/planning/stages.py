@@ -17,6 +17,7 @@ from yeam.checkpoint.lora import LoraCheckpoint
 from yeam.errors import YeamError
 from yeam.families import describe
 from yeam.methods import method_named
+from yeam.planning.collector import uncollected
 from yeam.planning.files import small_files
 from yeam.planning.jobs import Job, Plan, StagePlan
 from yeam.planning.members import Member, Members
@@ -123,16 +124,19 @@ class Pipeline:
         self._opened = opened
         self._kept: list[Checkpoint] = []
         try:
-            for document in loaded.documents:
-                members = Members(document, stages=made)
-                opened.append(members)
-                is_last = document is loaded
-                plan = make_plan(document, members, shard_size=shard_size if is_last else None, allow_nan=allow_nan)
-                checkpoint = None
-                if not is_last:
-                    checkpoint = made[document.name.strip()] = StageCheckpoint(document.name.strip(), plan, members)
-                self.stages.append(Stage(document, members, plan, checkpoint))
-            self._decide()
+            with uncollected():
+                for document in loaded.documents:
+                    members = Members(document, stages=made)
+                    opened.append(members)
+                    is_last = document is loaded
+                    size = shard_size if is_last else None
+                    plan = make_plan(document, members, shard_size=size, allow_nan=allow_nan)
+                    checkpoint = None
+                    if not is_last:
+                        name = document.name.strip()
+                        checkpoint = made[name] = StageCheckpoint(name, plan, members)
+                    self.stages.append(Stage(document, members, plan, checkpoint))
+                self._decide()
         except BaseException:
             for checkpoint in made.values():
                 checkpoint.dispose()

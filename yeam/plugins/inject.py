@@ -50,8 +50,8 @@ def inject(
     base: the common ancestor; without it updates are source − target. policy: `union`, `consensus` (only what the sources share) or
     `priority` (in the order given). strength: 1 is the step that was measured to be safe. strengths: further factors for groups of
     layers, `{layers: 0-7, roles: [mlp], strength: 0.8}`; the first that fits a tensor counts. budget: the largest change of a
-    tensor relative to its norm, by all sources together. roles, layers (`4-20`, both included): what is touched. protect,
-    softness, frames, rounds, seed: as of the method `inject`.
+    tensor relative to its norm, by all sources together; a bound for unusual sources, as the step follows from how far they moved.
+    roles, layers (`4-20`, both included): what is touched. protect, softness, frames, rounds, seed: as of the method `inject`.
     Raises ConfigError for options that are none, CheckpointError for models that do not fit the target.
     """
     options = {"policy": policy, "protect": protect, "softness": softness, "frames": frames, "rounds": rounds}

@@ -151,6 +151,8 @@ class Resolver:
         self._shared = [level for level in (slice_level, module, top) if level is not None]
         self._sources = list(sources)
         self._log = FilterLog() if log is None else log
+        levels = [*self._shared, *(level for _, level in self._sources)]
+        self._given = frozenset(name for level in levels for name in level.parameters)
 
     @classmethod
     def of(cls, loaded: LoadedRecipe, known_roles: Collection[str] | None = None) -> Resolver:
@@ -213,6 +215,8 @@ class Resolver:
         `input_name` (`output_name` where that is None); a model that is not among the inputs, such as an unlisted base,
         has no level of its own. `t` is `layer_position(...)`, `roles` are all roles of the tensor.
         """
+        if parameter not in self._given:  # most are not, and a plan asks for each of them for every tensor
+            return default
         if source is None:
             for _, level in self._sources:
                 if parameter in level.parameters:

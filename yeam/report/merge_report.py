@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 from yeam._version import __version__
 from yeam.planning.jobs import Input, Plan, StagePlan
 from yeam.report.injected import injected_findings
+from yeam.report.stepped import stepped_notes
 from yeam.transfer.moved import moved_updates
 
+REPORT = "yeam_report.json"
 _PACKAGES = ("torch", "safetensors", "transformers", "huggingface_hub", "numpy")
 
 
@@ -46,7 +49,9 @@ class MergeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types; NaN and Inf, which JSON has no word for, are None."""
-        plain: dict[str, Any] = finite({**asdict(self), "out": str(self.out)})
+        plain: dict[str, Any] = finite(
+            {**{each.name: getattr(self, each.name) for each in fields(self)}, "out": str(self.out)}
+        )
         return plain
 
 
@@ -67,13 +72,19 @@ def build_report(
         models=_models([*(stage.plan for stage in plan.stages), plan]),
         tensors=tensors,
         totals=_totals(plan, tensors),
-        notes=[*plan.notes, *findings],
+        notes=[*plan.notes, *stepped_notes(tensors), *findings],
         seconds=round(seconds, 3),
         resumed=resumed,
         versions=versions(),
         stages=[_stage(stage, (stages or {}).get(stage.name, {})) for stage in plan.stages],
         findings=findings,
     )
+
+
+def read_report(out: Path) -> MergeReport:
+    """The report in a merge's folder, as `build_report` made it. Raises OSError, ValueError, TypeError."""
+    plain = json.loads((out / REPORT).read_text())
+    return MergeReport(**{**plain, "out": out})
 
 
 def _tensors(plan: Plan, finished: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

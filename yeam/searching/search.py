@@ -77,24 +77,24 @@ def search(
     baseline = space.filled(space.defaults).checked()
     targets = targets_of(space, baseline, out, storage, plot, overwrite)
 
+    from yeam.engine.ranks import joined
     from yeam.searching.bench import Bench, Options
     from yeam.searching.split import divided
     from yeam.searching.study import Study, locked
-    from yeam.searching.team import team
 
     paths = [text] if isinstance(text, str | os.PathLike) else list(text)
     parts = divided(paths)
-    together = team()
-    options = Options(
-        device=together.device(device),
-        dtype=dtype,
-        memory=None if memory is None else parse_size(memory),
-        context=context,
-        stride=stride,
-        batch=batch,
-        trust_remote_code=trust_remote_code,
-    )
     with ExitStack() as stack:
+        together = stack.enter_context(joined(True))
+        options = Options(
+            device=together.device(device),
+            dtype=dtype,
+            memory=None if memory is None else parse_size(memory),
+            context=context,
+            stride=stride,
+            batch=batch,
+            trust_remote_code=trust_remote_code,
+        )
         bench = stack.enter_context(closing(Bench(parts, options)))
         plan = bench.look(baseline)
         space.check_values()
@@ -110,23 +110,23 @@ def search(
         if together.is_first:
             stack.enter_context(locked(targets.storage))
             study = Study.begin(targets.storage, identity, resume=resume)
-            together.wait()
+            together.wait("begun")
         else:
-            together.wait()
+            together.wait("begun")
             study = Study(targets.storage)
         stack.enter_context(closing(study))
         worker = _Worker(space, study, bench, propose, seed)
         try:
             worker.work(trials, math.inf if timeout is None else started + timeout, progress)
         except BaseException:
-            if together.count == 1:
+            if together.size == 1:
                 study.give_up()
             raise
-        together.wait()
+        together.wait("done")
         found = _result(space, study, targets, sampler, seed, started, [*plan.notes, *bench.notes], trials)
         if together.is_first:
             _write(space, found, paths)
-        together.wait()  # the lock stays until all have read
+        together.wait("written")  # the lock stays until all have read
     return found
 
 
