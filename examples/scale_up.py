@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 import yeam
 
 FAMILY = Path(__file__).parent / "tiny-family"
-LARGER = {"hidden_size": 192, "intermediate_size": 448, "num_hidden_layers": 5, "num_attention_heads": 6,
+LARGER = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6,
           "num_key_value_heads": 3, "head_dim": 32}  # fmt: skip
 
 
@@ -39,6 +40,37 @@ def tiny_family() -> Any:
     return module
 
 
+def grown(work: Path, larger: Mapping[str, int] = LARGER) -> LlamaForCausalLM:
+    """The base in a larger shape, wider, deeper, with more heads and neurons, computing the same; noise in what is silent there."""
+    base = FAMILY / "models" / "base"
+    config = LlamaConfig.from_pretrained(base)
+    for key, value in larger.items():
+        setattr(config, key, value)
+    LlamaForCausalLM(config).save_pretrained(work / "shape")
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(base)}], "dtype": "float32",
+              "plugins": [{"expand": {"to": str(work / "shape")}}]}  # fmt: skip
+    yeam.merge(recipe, work / "large", overwrite=True)
+    model = LlamaForCausalLM.from_pretrained(work / "large", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            silent = weight == 0
+            weight[silent] = 0.2 * weight.std() * torch.randn(int(silent.sum()), generator=generator)
+    return model
+
+
+def make_host(work: Path, steps: int, documents: int | None = None) -> Path:
+    """The grown base, trained on an even mixture of all domains: a model of its own. `documents`: of each domain."""
+    train, tokenizer = tiny_family(), PreTrainedTokenizerFast.from_pretrained(FAMILY / "models" / "base")
+    streams = [
+        train.token_stream(tokenizer, [text for name, text in docs.items() if not train.is_held_out(name)][:documents])
+        for docs in train.documents().values()
+    ]
+    model = train.train(grown(work), streams, steps, 1e-3, "host")
+    train.save(model, tokenizer, work / "host")
+    return work / "host"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="keep the models there")
@@ -50,37 +82,15 @@ def main() -> None:
         base, code = FAMILY / "models" / "base", FAMILY / "models" / "code"
         train = tiny_family()
 
-        # 1. the base in a larger shape: wider, deeper, more heads and neurons, the same outputs
-        config = LlamaConfig.from_pretrained(base)
-        for key, value in LARGER.items():
-            setattr(config, key, value)
-        LlamaForCausalLM(config).save_pretrained(work / "shape")
-        recipe: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": str(base)}], "dtype": "float32"}
-        yeam.merge({**recipe, "plugins": [{"expand": {"to": str(work / "shape")}}]}, work / "large", overwrite=True)
+        # 1. the base in a larger shape, with a life of its own
+        host = make_host(work, options.steps, documents=40)
 
-        # 2. a life of its own
-        docs = train.documents()
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-        streams = [
-            train.token_stream(
-                tokenizer, [text for name, text in docs[domain].items() if not train.is_held_out(name)][:40]
-            )
-            for domain in train.DOMAINS
-        ]
-        model = LlamaForCausalLM.from_pretrained(work / "large", dtype=torch.float32)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for weight in model.parameters():
-                silent = weight == 0
-                weight[silent] = 0.2 * weight.std() * torch.randn(int(silent.sum()), generator=generator)
-        train.save(train.train(model, streams, options.steps, 1e-3, "host"), tokenizer, work / "host")
-
-        # 3. the code expert moves in; prose that was kept back guards the host
-        held_out = [text for name, text in docs["prose"].items() if train.is_held_out(name)]
+        # 2. the code expert moves in; prose that was kept back guards the host
+        held_out = [text for name, text in train.documents()["prose"].items() if train.is_held_out(name)]
         (work / "prose.txt").write_text("\n\n".join(held_out)[:6000])
-        recipe = {
+        recipe: dict[str, Any] = {
             "merge_method": "passthrough",
-            "models": [{"model": str(work / "host")}],
+            "models": [{"model": str(host)}],
             "plugins": [{"scale_up": {"sources": [{"model": str(code), "base": str(base)}]}}],
         }
         report = yeam.merge(recipe, work / "result", guard=work / "prose.txt", overwrite=True)
@@ -89,7 +99,7 @@ def main() -> None:
 
         sequences = load_file(FAMILY / "heldout.safetensors")
         print(f"{'':8}" + "".join(f"{domain:>9}" for domain in train.DOMAINS))
-        for name, folder in {"base": base, "code": code, "host": work / "host", "result": work / "result"}.items():
+        for name, folder in {"base": base, "code": code, "host": host, "result": work / "result"}.items():
             model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
             losses = [train.mean_loss(model, sequences[domain][:32].long()) for domain in train.DOMAINS]
             print(f"{name:8}" + "".join(f"{loss:9.3f}" for loss in losses))

@@ -794,7 +794,7 @@ SIDED = {"vocab_size": 96, "d_model": 32, "encoder_layers": 2, "decoder_layers":
 LATENT = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "kv_lora_rank": 8,
           "q_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 1,
           "n_group": 1, "topk_group": 1}  # fmt: skip
-# model, config, stacks, how many tensors are other
+# no interpreter knows them: model, config, stacks, how many tensors are other
 UNTABLED: dict[str, tuple[Any, dict[str, Any], dict[str, int], int]] = {
     "opt": (T.OPTForCausalLM, {**PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 16}, {"model.decoder.layers": 3}, 2),
     "bloom": (T.BloomForCausalLM, {"vocab_size": 96, "hidden_size": 32, "n_layer": 3, "n_head": 4},
@@ -826,7 +826,10 @@ def test_untabled_families_are_inferred(label: str) -> None:
     model = save(model_class(model_class.config_class(**copy.deepcopy(config))))
     anatomy = model.anatomy
     assert list(anatomy.tensors) == list(model.tensors)
-    assert anatomy.family == ("llama" if label == "llava" else "inferred")
+    tabled = {"llava": "llama", "deepseek_v2": "deepseek_v3", "deepseek_v3": "deepseek_v3", "qwen3_next": "qwen3_next"}
+    assert anatomy.family == tabled.get(label, "inferred")
+    is_whole = anatomy.traits is None or anatomy.traits.attention == "heads"
+    assert is_whole == (label not in tabled or label == "llava")
     assert {p: s.count for p, s in anatomy.stacks.items()} == stacks
     assert all(s.config_paths for s in anatomy.stacks.values()) and not anatomy.notes
     unknown = [n for n, m in anatomy.tensors.items() if m.role == "other"]

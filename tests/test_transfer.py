@@ -28,10 +28,11 @@ from yeam.errors import UserError
 from yeam.transfer.align import align_layer
 from yeam.transfer.aligned import AlignedCheckpoint, may_rotate
 from yeam.transfer.anchors import gather
+from yeam.transfer.branches import ATTENTION, MLP
 from yeam.transfer.gauge import regauged
 from yeam.transfer.residual import rotated_layer, rotated_outer
 from yeam.transfer.stream import rotation_of
-from yeam.transfer.transported import ATTENTION, MLP, TransportedCheckpoint
+from yeam.transfer.transported import TransportedCheckpoint
 
 
 def scrambled(folder: Path, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -209,7 +210,7 @@ def test_an_update_moves_exactly_into_a_descendant(kind: str, tmp_path: Path) ->
                     "plugins": [{"expand": {"to": str(large)}}]}, tmp_path / out)  # fmt: skip
     host = rewritten(tmp_path / "host", scrambled(tmp_path / "host"))
     moved = TransportedCheckpoint(body_of(host), body, body_of(tuned), strength=1.0, budget=10.0, parts=ATTENTION + MLP)
-    assert moved.layer_map == {0: 0, 1: 1, 2: 2} and moved.maps.is_rotation
+    assert moved.relation.layer_map == {0: 0, 1: 1, 2: 2} and moved.relation.maps.is_rotation
     found = {name: moved.read(name, 0, info.numel).view(info.shape) for name, info in moved.tensors.items()}
     before, wanted = exact_logits(host), exact_logits(tuned)
     assert difference(before, exact_logits(base)) < 1e-9 and difference(before, wanted) > 0.05

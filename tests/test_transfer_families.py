@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as T
 from conftest import REPOSITORY, save_model
 from safetensors.torch import load_file, save_file
 from test_transfer import LARGER, scrambled
@@ -17,9 +18,10 @@ from transfer_models import body_of, difference, exact_logits, logits, make, rew
 
 import yeam
 from yeam.errors import UserError
-from yeam.transfer import transported
+from yeam.transfer import layer_update
+from yeam.transfer.branches import ATTENTION, MLP
 from yeam.transfer.rotary import speeds
-from yeam.transfer.transported import ATTENTION, MLP, TransportedCheckpoint
+from yeam.transfer.transported import TransportedCheckpoint
 
 
 def tuned(base: Path, seed: int = 4) -> Path:
@@ -80,7 +82,7 @@ def test_an_update_moves_exactly_into_another_family(kind: str, tmp_path: Path) 
     found = moved(host, base, other)
     after = exact_logits(rewritten(host, tensors(found)))
     assert difference(after, wanted) < 1e-5 and difference(exact_logits(host), wanted) > 0.05
-    assert found.tier == "same vocabulary"
+    assert found.relation.tier == "same vocabulary"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_scales_that_a_norm_leaves_open_do_not_matter(
     source: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights in front of a norm may have any length; an update that moves there is as long relative to them."""
-    monkeypatch.setattr(transported, "_gated", lambda layer, match, host: layer)  # the layers have nothing in common
+    monkeypatch.setattr(layer_update, "gated", lambda layer, match, host: layer)  # the layers have nothing in common
     base = make(source, tmp_path / "base")
     host, other = relative(base, kind, tmp_path / "host"), tuned(base)
     body = body_of(host)
@@ -216,17 +218,7 @@ def test_what_cannot_be_moved_is_refused_at_plan_time(tmp_path: Path) -> None:
     spec["model"] |= {"vocab": {f"<<{n}>>": n for n in range(160)}, "merges": []}
     spec["added_tokens"] = []
     (foreign / "tokenizer.json").write_text(json.dumps(spec))
-    import transformers as T
-
-    experts = T.MixtralConfig(vocab_size=160, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
-                              num_key_value_heads=2, num_local_experts=2)  # fmt: skip
-    T.MixtralForCausalLM(experts).save_pretrained(tmp_path / "experts")
-    latent = T.DeepseekV3Config(
-        vocab_size=160, hidden_size=64, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=1, first_k_dense_replace=1,
-        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
-        qk_nope_head_dim=8, v_head_dim=8, n_group=1, topk_group=1, num_experts_per_tok=2,
-    )  # fmt: skip
-    T.DeepseekV3ForCausalLM(latent).save_pretrained(tmp_path / "latent")
+    experts, latent = make("mixtral", tmp_path / "experts"), make("deepseek_v3", tmp_path / "latent", hidden_size=96)
     mamba = T.MambaConfig(vocab_size=160, hidden_size=64, state_size=4, num_hidden_layers=1)
     T.MambaForCausalLM(mamba).save_pretrained(tmp_path / "mamba")
     state = {name: x.float() for name, x in load_file(large / "model.safetensors").items()}
@@ -242,22 +234,24 @@ def test_what_cannot_be_moved_is_refused_at_plan_time(tmp_path: Path) -> None:
         (recipe(small, large, large), "at least as wide"),
         (recipe(large, gpt2, small), "is not the base of"),
         (recipe(olmo, small, small), "reads its stream as it is"),
-        (recipe(gpt2, small, small, parts="mlp"), "only one of them has gates"),
+        (recipe(gpt2, small, small, parts="mlp"), "only one of the two models has gates"),
         (recipe(foreign, spoken, spoken), "share no token"),
-        (recipe(tmp_path / "experts", small, small), "mixtral"),
-        (recipe(tmp_path / "latent", small, small), "deepseek"),
+        (recipe(large, experts, experts, parts="mlp"), "routed experts only"),
+        (recipe(latent, small, small, parts="attention"), "multi-head latent attention"),
+        (recipe(latent, gpt2, gpt2), "multi-head latent attention.*only one of the two"),
         (recipe(tmp_path / "mamba", small, small), "mamba"),
         (recipe(quantized, small, small), "quantised"),
         (recipe(large, small, small, strength=-1), "cannot be negative"),
-        (recipe(large, small, small, parts="embedding"), "is none of attention, mlp"),
+        (recipe(large, small, small, parts="norms"), "is none of attention, mlp, embedding"),
     ]
     for bad, words in cases:
         with pytest.raises(UserError, match=words) as error:
             yeam.plan(bad)
         assert error.value.remedy, words
-    for plugin in ({"align": {"to": str(tmp_path / "experts")}}, {"expand": {"to": str(tmp_path / "latent")}}):
-        with pytest.raises(UserError, match=r"mixtral|deepseek"):
+    for plugin in ({"align": {"to": str(experts)}}, {"expand": {"to": str(latent)}}, {"graft": {"donor": str(latent)}}):
+        with pytest.raises(UserError, match=r"mixtral|deepseek") as error:
             yeam.plan({"merge_method": "passthrough", "models": [{"model": str(small)}], "plugins": [plugin]})
+        assert "scale_up" in error.value.remedy
     with pytest.raises(UserError, match="does not fit into the shape"):
         plugin = {"expand": {"to": str(small)}}
         yeam.plan({"merge_method": "passthrough", "models": [{"model": str(large)}], "plugins": [plugin]})

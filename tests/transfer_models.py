@@ -15,7 +15,7 @@ from torch import Tensor
 
 from yeam.checkpoint import open_checkpoint
 from yeam.families import describe
-from yeam.transfer.body import Body, Parts
+from yeam.transfer.body import FAMILIES, Body, Parts
 from yeam.transfer.gauge import LayerGauge
 from yeam.transfer.residual import Rotation, only_permutes
 
@@ -45,18 +45,49 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "olmo2": (T.Olmo2Config, T.Olmo2ForCausalLM, {**SIZES}),
 }  # fmt: skip
 
+LATENT = {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")} | {
+    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1, "n_routed_experts": 4, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 56, "first_k_dense_replace": 1,
+}  # fmt: skip
+STATE_SPACE = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": "auto",
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "attn_layer_indices": [1],
+}
+PARTIAL: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "mixtral": (T.MixtralConfig, T.MixtralForCausalLM, {**SIZES, "num_local_experts": 3, "num_experts_per_tok": 2,
+                "rope_theta": 1e4, "rms_norm_eps": 1e-6}),
+    "qwen2_moe": (T.Qwen2MoeConfig, T.Qwen2MoeForCausalLM, {**SIZES, "num_experts": 3, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 24, "shared_expert_intermediate_size": 56}),
+    "deepseek_v2": (T.DeepseekV2Config, T.DeepseekV2ForCausalLM, {**LATENT, "norm_topk_prob": False}),
+    "deepseek_v3": (T.DeepseekV3Config, T.DeepseekV3ForCausalLM, LATENT),
+    "bamba": (T.BambaConfig, T.BambaForCausalLM, {**SIZES, **STATE_SPACE}),
+    "jamba": (T.JambaConfig, T.JambaForCausalLM, {**SIZES, "num_experts": 3, "attn_layer_period": 3, "attn_layer_offset": 1,
+              "expert_layer_period": 3, "expert_layer_offset": 2, "mamba_d_state": 8, "use_mamba_kernels": False}),
+    "qwen3_next": (T.Qwen3NextConfig, T.Qwen3NextForCausalLM, {
+        **SIZES, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 56,
+        "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
+}  # fmt: skip
+"""Models of which only a part is looked into: with experts, or with attention that is not by heads."""
+
 
 def make(kind: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Path:
     """A model folder with random weights, none of them at a value that hides a mistake."""
-    config_class, model_class, config = KINDS[kind]
-    model = model_class(config_class(**copy.deepcopy({**config, **changes})))
+    config_class, model_class, config = (KINDS | PARTIAL)[kind]
+    made = config_class(**copy.deepcopy({**config, **changes}))
+    made._experts_implementation = "eager"  # the grouped one has no float64
+    model = model_class(made)
     generator = torch.Generator().manual_seed(seed)
     model.double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             is_gain = parameter.dim() == 1 and name.endswith("weight")
-            offset = 0.0 if "gemma" in kind else 1.0
+            offset = 0.0 if "gemma" in kind or kind == "qwen3_next" else 1.0
             parameter.copy_(offset + 0.5 * noise.tanh() if is_gain else 0.25 * noise)
     model.to(dtype).save_pretrained(folder)
     return folder
@@ -65,7 +96,8 @@ def make(kind: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.floa
 def body_of(folder: Path) -> Body:
     checkpoint = open_checkpoint(str(folder))
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    return Body(checkpoint, describe(checkpoint.config, shapes))
+    anatomy = describe(checkpoint.config, shapes)
+    return Body(checkpoint, anatomy, partial=anatomy.family not in FAMILIES)
 
 
 def random_rotation(body: Body, seed: int = 0) -> Rotation:
@@ -133,7 +165,11 @@ def rewritten(folder: Path, tensors: Parts) -> Path:
 
 def logits(folder: Path) -> Tensor:
     """What transformers computes for a few tokens (it keeps norms and angles in float32)."""
-    model = T.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    config = T.AutoConfig.from_pretrained(folder)
+    config._experts_implementation = "eager"
+    model = T.AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float64, attn_implementation="eager"
+    )
     with torch.no_grad():
         return model.eval()(IDS[None]).logits[0]
 

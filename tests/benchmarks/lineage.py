@@ -6,7 +6,7 @@ The host is the tiny family's base (examples/tiny-family) in a larger shape, wit
 mixture of all domains. Each expert's update over the base is then moved into the host by the plugin `scale_up` with its defaults. A
 row says how the host's loss on the expert's domain changes, as a share of what the expert itself had gained over the base, and the
 change of its loss on all domains together; and the same for controls: a random rotation of the stream, shuffled tokens, the same
-lengths in random directions, and neurons in their own order.
+lengths in random directions, and the MLPs alone with their neurons in order and in another one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,15 @@ from transformers import LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import yeam
-from yeam.transfer import matching, transported
+from yeam.transfer import aligned, matching, relation
 
-FAMILY = Path(__file__).parents[2] / "examples" / "tiny-family"
-LARGER = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6,
-          "num_key_value_heads": 3, "head_dim": 32}  # fmt: skip
+REPOSITORY = Path(__file__).parents[2]
+FAMILY = REPOSITORY / "examples" / "tiny-family"
 
 
-def training() -> Any:
-    """examples/tiny-family/train.py as a module."""
-    spec = importlib.util.spec_from_file_location("tiny_family_train", FAMILY / "train.py")
+def example() -> Any:
+    """examples/scale_up.py as a module: it grows and trains the host."""
+    spec = importlib.util.spec_from_file_location("scale_up_example", REPOSITORY / "examples" / "scale_up.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -46,30 +46,9 @@ def training() -> Any:
 def make_host(work: Path, steps: int) -> Path:
     """The base in a larger shape, trained further; kept between runs."""
     host = work / f"host-{steps}"
-    if (host / "config.json").exists():
-        return host
-    shape = work / "shape"
-    shape.mkdir(parents=True, exist_ok=True)
-    config = json.loads((FAMILY / "models/base/config.json").read_text()) | LARGER
-    LlamaForCausalLM(LlamaForCausalLM.config_class(**config)).save_pretrained(shape)
-    recipe = {"merge_method": "passthrough", "models": [{"model": str(FAMILY / "models/base")}],
-              "plugins": [{"expand": {"to": str(shape)}}], "dtype": "float32"}  # fmt: skip
-    yeam.merge(recipe, work / "expanded", overwrite=True)
-    model = LlamaForCausalLM.from_pretrained(work / "expanded", dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                silent = parameter == 0
-                parameter[silent] = 0.2 * parameter.std() * torch.randn(int(silent.sum()), generator=generator)
-    train = training()
-    docs = train.documents()
-    tokenizer = train.PreTrainedTokenizerFast.from_pretrained(FAMILY / "models/base")
-    streams = [
-        train.token_stream(tokenizer, [text for name, text in docs[domain].items() if not train.is_held_out(name)])
-        for domain in train.DOMAINS
-    ]
-    train.save(train.train(model, streams, steps, 1e-3, "host"), tokenizer, host)
+    if not (host / "config.json").exists():
+        work.mkdir(parents=True, exist_ok=True)
+        example().make_host(work, steps).rename(host)
     return host
 
 
@@ -88,20 +67,18 @@ def moved(host: Path, domain: str, out: Path, **options: Any) -> Path:
 
 def random_rotation(work: Path, host: Path, domain: str) -> Path:
     """The stream's map replaced by a random one of its kind."""
-    real = transported.TransportedCheckpoint.maps
+    real = relation.Relation.maps
 
     def fake(self: Any) -> Any:
         maps = real.func(self)
         turn = torch.linalg.qr(torch.randn(len(maps.writers_DS), len(maps.writers_DS), dtype=torch.float64)).Q
-        return type(maps)(turn @ maps.writers_DS, maps.readers_SD @ turn.T, maps.write, maps.read, True)
+        return replace(maps, writers_DS=turn @ maps.writers_DS, readers_SD=maps.readers_SD @ turn.T)
 
-    return patched(transported.TransportedCheckpoint, "maps", property(fake), lambda: moved(host, domain, work / "out"))
+    return patched(relation.Relation, "maps", property(fake), lambda: moved(host, domain, work / "out"))
 
 
 def shuffled_tokens(work: Path, host: Path, domain: str) -> Path:
     """Anchors paired at random: the gate should close."""
-    from yeam.transfer import aligned
-
     real = aligned.shared_rows
 
     def fake(one: Any, other: Any) -> Any:
@@ -111,20 +88,23 @@ def shuffled_tokens(work: Path, host: Path, domain: str) -> Path:
     return patched(aligned, "shared_rows", fake, lambda: moved(host, domain, work / "out"))
 
 
+def mlp_only(work: Path, host: Path, domain: str) -> Path:
+    """What the next row is to be compared with."""
+    return moved(host, domain, work / "out", parts="mlp")
+
+
 def unpermuted_neurons(work: Path, host: Path, domain: str) -> Path:
-    """Neurons of the source in the host's first slots."""
-    real = matching.match_neurons
+    """MLPs only, the source's neurons in an order of their own, with the gates that the right ones have."""
+    real = matching.match_layer
 
-    def fake(source: Any, target: Any) -> Any:
-        found = real(source, target)
-        order = torch.full_like(found.neurons_B, -1)
-        order[: len(source.up_ID)] = torch.randperm(len(source.up_ID), generator=torch.Generator().manual_seed(2))[
-            : len(order)
-        ]
-        score = torch.full_like(found.score_B, 1.5)
-        return type(found)(order, score, torch.ones_like(found.margin_B))
+    def fake(source: Any, *others: Any) -> Any:
+        found = real(source, *others)
+        taken = (found.where.neurons_B >= 0).nonzero()[:, 0]
+        order = found.where.neurons_B.clone()
+        order[taken] = order[taken][torch.randperm(len(taken), generator=torch.Generator().manual_seed(2))]
+        return replace(found, where=replace(found.where, neurons_B=order))
 
-    return patched(matching, "match_neurons", fake, lambda: moved(host, domain, work / "out", parts="mlp"))
+    return patched(matching, "match_layer", fake, lambda: moved(host, domain, work / "out", parts="mlp"))
 
 
 def random_directions(work: Path, host: Path, domain: str) -> Path:
@@ -160,14 +140,14 @@ def main() -> None:
     work = options.work.resolve()
     host = make_host(work, options.steps)
     heldout = load_file(FAMILY / "heldout.safetensors")
-    loss = training().mean_loss
+    loss = example().tiny_family().mean_loss
     before = losses(host, heldout, loss)
     family = json.loads((FAMILY / "losses.json").read_text())
     print("host:", " ".join(f"{domain} {value:.4f}" for domain, value in before.items()))
     more = {key: float(value) for key, _, value in (item.partition("=") for item in options.set)}
     rows: dict[str, Callable[[str], Path]] = {"scale_up": lambda domain: moved(host, domain, work / "out", **more)}
     if not options.no_controls:
-        for control in (random_rotation, shuffled_tokens, unpermuted_neurons, random_directions):
+        for control in (random_rotation, shuffled_tokens, random_directions, mlp_only, unpermuted_neurons):
             rows[control.__name__.replace("_", " ")] = lambda domain, control=control: control(work, host, domain)
     print(f"{'':20s}" + "".join(f"{domain:>20s}" for domain in options.domains))
     for label, make in rows.items():

@@ -159,6 +159,58 @@ _add(
 )
 _add("qwen3_moe", "qwen3", layer=_EXPERTS, layouts=_PACKED)
 _add(
+    "qwen3_next",
+    "qwen3_moe",
+    layer={
+        **{f"mlp.shared_expert.{x}_proj": f"shared_expert.{x}" for x in ("gate", "up", "down")},
+        "mlp.shared_expert_gate": "shared_router",
+    },
+    flags={"norm": "rms1p", "attention": "mixed"},
+)
+_add(
+    "deepseek_v3",
+    "llama",
+    "deepseek_v2",
+    layer={
+        **_NO_QKV,
+        "self_attn.q_a_proj": "q_a",
+        "self_attn.q_a_layernorm": "norm",
+        "self_attn.q_b_proj": "q_b",
+        "self_attn.q_proj": "q",  # V2 Lite
+        "self_attn.kv_a_proj_with_mqa": "kv_a",
+        "self_attn.kv_a_layernorm": "norm",
+        "self_attn.kv_b_proj": "kv_b",
+        **_EXPERTS,
+        "mlp.gate.e_score_correction_bias": "router",
+        **{f"mlp.shared_experts.{x}_proj": f"shared_expert.{x}" for x in ("gate", "up", "down")},
+    },
+    layouts=_PACKED,
+    flags={"attention": "latent"},
+)
+_add(
+    "bamba",
+    "llama",
+    layer={
+        **_NO_MLP,
+        "post_attention_layernorm": None,
+        "pre_ff_layernorm": "mlp_norm",
+        **{f"feed_forward.{x}_proj": x for x in ("gate", "up", "down")},
+    },
+    post={"norm": None, "final_layernorm": "final_norm"},
+    flags={"attention": "mixed"},
+)
+_add(
+    "jamba",
+    "bamba",
+    layer={
+        "feed_forward.router": "router",
+        **{f"feed_forward.experts.#.{x}_proj": f"expert.{x}" for x in ("gate", "up", "down")},
+        "feed_forward.experts.gate_up_proj": "expert.gate_up",
+        "feed_forward.experts.down_proj": "expert.down",
+    },
+    layouts=_PACKED,
+)
+_add(
     "olmo2",
     "llama",
     layer={

@@ -19,6 +19,7 @@ Placement = Literal["pre", "sandwich", "post", "post_add"]
 QKNorm = Literal["none", "head", "each", "all"]
 Rope = Literal["none", "half", "interleaved"]
 Position = Literal["rope", "learned", "alibi", "relative"]
+Attention = Literal["heads", "latent", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Traits:
     * `scalars`: factors outside the weights, by place: `embedding`, `residual` (on each branch), `attention` (the
       softmax scale; absent: head_dim^-1/2), `logits`; `attention_softcap` and `logits_softcap` c mean c tanh(x / c).
     * `tie`: whether head and embedding are one tensor when config.json does not say.
+    * `attention`: `heads` q, k, v, o in every layer; `latent` through low-rank factors (MLA), `mixed` with state-space or
+      linear attention in some layers. Rotary style and q/k norms are stated for `heads` only.
     """
 
     norm: Norm = "rms"
@@ -50,6 +53,7 @@ class Traits:
     glu: bool = True
     scalars: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     tie: bool = False
+    attention: Attention = "heads"
 
 
 Rule = Callable[[Config], dict[str, Any]]

@@ -86,7 +86,7 @@ class Shape:
         any_job = unit.jobs[parts["q"][0]]
         member = context.members[any_job.inputs[-1].model]
         traits = member.anatomy.traits
-        if traits is None or not unit.stack.startswith(member.anatomy.base):
+        if traits is None or traits.attention != "heads" or not unit.stack.startswith(member.anatomy.base):
             raise Unknown(f"how it uses positions is not known (family {member.anatomy.family})")
         widths = {part: _width(unit.jobs[site], place) for part, (site, place) in parts.items() if part in "qkvo"}
         rows = {part: place.rows for part, (_, place) in parts.items()}

@@ -21,38 +21,41 @@ def scale_up(
     context: PluginContext,
     *,
     sources: Sequence[Mapping[str, Any]],
-    strength: float = 1.0,
+    strength: float | None = None,
     budget: float = BUDGET,
-    parts: Sequence[str] | str = ("attention", "mlp"),
+    parts: Sequence[str] | str = ("attention", "mlp", "embedding"),
     method: str = "yeam",
     parameters: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The recipe's model is the host; each source `{model, base}` is read as the host plus the source's update, moved there.
 
-    strength: of every update. budget: the most that a part of the host may change, relative to its norm. parts: `attention`,
-    `mlp`. method, parameters: how several moved updates are merged, with the host as base. Raises ConfigError for sources
-    without a base, CheckpointError for models that cannot be mapped.
+    strength: of every update; by default 1 where the host is the source's base, grown or in other coordinates, and 0.5 where it has
+    been trained on. budget: the most that a part of the host may change, relative to its norm. parts: `attention`, `mlp`, `embedding`
+    (the rows of shared tokens, also of a head). method, parameters: how several moved updates are merged, with the host as base.
+    Experts of the host each take what they match, routers stay. Raises ConfigError for sources without a base, CheckpointError
+    for models that cannot be mapped.
     """
     from yeam.transfer.body import Body
-    from yeam.transfer.transported import ATTENTION, MLP, TransportedCheckpoint
+    from yeam.transfer.branches import ATTENTION, EMBEDDING, MLP
+    from yeam.transfer.transported import TransportedCheckpoint
 
-    groups = {"attention": ATTENTION, "mlp": MLP}
+    groups = {"attention": ATTENTION, "mlp": MLP, "embedding": EMBEDDING}
     names = [part.strip() for part in (parts.split(",") if isinstance(parts, str) else parts)]
     if unknown := [part for part in names if part not in groups] or ([""] if not names else []):
         raise ConfigError(f"parts: {unknown[0]!r} is none of {', '.join(groups)}", "write `parts: [attention, mlp]`")
-    if not strength >= 0 or not budget >= 0:
+    if not (strength is None or strength >= 0) or not budget >= 0:
         raise ConfigError(
             f"strength {strength} and budget {budget} cannot be negative", "a strength of 0 changes nothing"
         )
     host = _host(plan, context)
     wanted = tuple(part for name in names for part in groups[name])
-    body = Body(host.checkpoint, host.anatomy)
+    body = Body(host.checkpoint, host.anatomy, partial=True)
     moved: list[tuple[Member, TransportedCheckpoint]] = []
     for model, base in _pairs(sources, context):
         checkpoint = TransportedCheckpoint(
             body,
-            Body(base.checkpoint, base.anatomy),
-            Body(model.checkpoint, model.anatomy),
+            Body(base.checkpoint, base.anatomy, partial=True),
+            Body(model.checkpoint, model.anatomy, partial=True),
             strength=strength,
             budget=budget,
             parts=wanted,

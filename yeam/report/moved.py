@@ -33,13 +33,13 @@ def moved_pictures(tensors: Sequence[Mapping[str, Any]]) -> list[HeatMap]:
             (row, n): max(0.0, facts[key])
             for row, key in rows.items()
             for n, facts in moved.layers.items()
-            if facts.get(key) is not None
+            if facts.get(key) is not None and facts["heads_of" if row.startswith("heads") else "neurons_of"]
         }
         where: dict[tuple[str, int | None], float] = {
             ("source layer", n): float(facts["source_layer"]) for n, facts in moved.layers.items()
         }
         steps: dict[tuple[str, int | None], float] = {(role, n): step for (n, role), step in moved.steps.items()}
-        roles = tuple(dict.fromkeys(role for _, role in moved.steps))
+        roles = tuple(dict.fromkeys(role for n, role in moved.steps if n is not None))
         name = moved.name
         pictures += [
             HeatMap(

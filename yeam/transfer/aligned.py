@@ -51,7 +51,7 @@ class AlignedCheckpoint(Checkpoint):
         self.aliases, self.notes = inner.aliases, list(inner.notes)
         self._inner = inner
         self.tensors = {name: _computed(info) for name, info in inner.tensors.items()}
-        self._layers = LayerCache(source, self._moved)
+        self._layers = LayerCache(source, lambda layer, slots: self._moved(layer))
         self._outer_of = {slot.name: part for part, slot in source.outer.items()}
         if source.is_tied and self._rotate:
             embedding = self.tensors[source.outer["embedding"].name]

@@ -145,7 +145,7 @@ def gather(host: Body, source: Body, host_rows_N: Tensor, source_rows_N: Tensor,
             part: str = part,
             scales: tuple[float, float] = (square_host, square_source),
         ) -> Iterator[tuple[Tensor, Tensor]]:
-            for host_TD, source_TS in zip(_rows(host, part, host_N), _rows(source, part, source_N)):
+            for host_TD, source_TS in zip(token_rows(host, part, host_N), token_rows(source, part, source_N)):
                 yield host_TD / scales[0] ** 0.5, source_TS / scales[1] ** 0.5
 
         for host_TD, source_TS in pairs(host_rows_N[~held_N], source_rows_N[~held_N]):
@@ -160,13 +160,25 @@ def gather(host: Body, source: Body, host_rows_N: Tensor, source_rows_N: Tensor,
     return out
 
 
-def _rows(body: Body, part: str, rows_N: Tensor) -> Iterator[Tensor]:
+def token_rows(body: Body, part: str, rows_N: Tensor) -> Iterator[Tensor]:
     """Rows of the embedding, or of the head with the final norm's gain, as directions of the stream; float64 blocks."""
     import torch
 
     gain_D = None
     if part == "head" and "final_norm" in body.outer:
         gain_D = gain(body.around("final_norm", dtype=torch.float64)["final_norm"], body)
+    for read_TD in stored_rows(body, part, rows_N):
+        if gain_D is not None:
+            read_TD *= gain_D
+        if body.traits.norm == "ln":
+            read_TD -= read_TD.mean(1, keepdim=True)
+        yield read_TD
+
+
+def stored_rows(body: Body, part: str, rows_N: Tensor) -> Iterator[Tensor]:
+    """Rows of `embedding` or `head` as they are stored, float64 blocks; a tied head is the embedding."""
+    import torch
+
     slot = body.outer["embedding" if body.is_tied else part]
     info = body.checkpoint.tensors[slot.name]
     width = info.shape[-1]
@@ -177,10 +189,6 @@ def _rows(body: Body, part: str, rows_N: Tensor) -> Iterator[Tensor]:
             block = body.checkpoint.read(slot.name, int(ordered[first]) * width, (int(ordered[last - 1]) + 1) * width)
             values = block.view(-1, width)[ordered[first:last] - ordered[first]]
             read_TD[places[first:last]] = values.double()
-        if gain_D is not None:
-            read_TD *= gain_D
-        if body.traits.norm == "ln":
-            read_TD -= read_TD.mean(1, keepdim=True)
         yield read_TD
 
 
@@ -192,5 +200,5 @@ def _runs(ordered: Tensor, gap: int = 64) -> Iterator[tuple[int, int]]:
 
 
 def _mean_square(body: Body, part: str, rows_N: Tensor) -> float:
-    total = sum(float(block.square().sum()) for block in _rows(body, part, rows_N))
+    total = sum(float(block.square().sum()) for block in token_rows(body, part, rows_N))
     return total / max(len(rows_N), 1)

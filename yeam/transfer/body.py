@@ -1,5 +1,8 @@
 """A decoder as the matrices that it computes with: layer by layer, fused tensors split, weights [out, in], in one dtype.
 
+A dense body has attention by heads and one MLP in every layer. A partial one may have experts, or attention of another kind,
+which is not looked into (see branches.py).
+
 Legend: D hidden width, H query heads, K key/value heads, E head dimensions, I neurons, V tokens.
 """
 
@@ -23,8 +26,15 @@ if TYPE_CHECKING:
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt2", "gpt_neox", "granite", "olmo2")
 """Families whose symmetries are known here, each one checked against transformers in the tests."""
 
+WITH_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+"""The same with experts in their MLPs: partial bodies."""
+
+MLP_ONLY = ("deepseek_v3", "bamba", "jamba", "qwen3_next")
+"""Multi-head latent attention, state-space or linear attention: partial bodies of which the MLPs are known."""
+
 Parts = dict[str, "Tensor"]
-"""Tensors by part: `q`, `k`, `v`, `o`, `gate`, `up`, `down`, a norm's site (`attn_norm`), and `.bias` behind each."""
+"""Tensors by part: `q`, `k`, `v`, `o`, `gate`, `up`, `down`, a norm's site (`attn_norm`), and `.bias` behind each. In partial bodies
+also `shared_expert.up` and `expert.3.up`, and so on."""
 
 READERS = ("q", "k", "v", "gate", "up")
 WRITERS = ("o", "down")
@@ -39,10 +49,14 @@ class Slot:
 
 
 class Body:
-    """The decoder of a checkpoint. Raises CheckpointError for one whose symmetries are not known, with the reason."""
+    """The decoder of a checkpoint: a dense one, or with `partial` one whose MLPs or attention are only partly known.
 
-    def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy) -> None:
+    Raises CheckpointError for one whose symmetries are not known, with the reason.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy, *, partial: bool = False) -> None:
         self.checkpoint = checkpoint
+        self.partial = partial
         self.anatomy = anatomy
         self.traits = self._traits()
         self.config: Mapping[str, Any] = at(checkpoint.config, anatomy.text_path) or {}
@@ -51,13 +65,21 @@ class Body:
         self._check()
 
     def _refuse(self, why: str, remedy: str = "") -> CheckpointError:
-        known = ", ".join(FAMILIES)
-        return CheckpointError(f"{self.checkpoint.reference}: {why}", remedy or f"known are dense models of: {known}")
+        known = f"known are dense models of: {', '.join(FAMILIES)}"
+        if self.partial:
+            known += f"; with experts {', '.join(WITH_EXPERTS)}; MLPs only: {', '.join(MLP_ONLY)}"
+        return CheckpointError(f"{self.checkpoint.reference}: {why}", remedy or known)
 
     def _traits(self) -> Traits:
         family, traits = self.anatomy.family, self.anatomy.traits
-        if family not in FAMILIES or traits is None:
-            name = self.checkpoint.config.get("model_type") or family
+        name = self.checkpoint.config.get("model_type") or family
+        if not self.partial and family in (*WITH_EXPERTS, *MLP_ONLY):
+            what = "experts" if family in WITH_EXPERTS else "attention of a kind that cannot be aligned"
+            raise self._refuse(
+                f"a model of family {name!r} has {what}",
+                "the plugin `scale_up` moves updates of MLPs between such models and others; this needs a dense one",
+            )
+        if family not in (*FAMILIES, *((*WITH_EXPERTS, *MLP_ONLY) if self.partial else ())) or traits is None:
             raise self._refuse(f"the symmetries of family {name!r} are not known")
         return traits
 
@@ -77,13 +99,15 @@ class Body:
                 raise self._refuse(
                     f"its weights are quantised ({kind}), as {name} shows", "name the model that it was quantised from"
                 )
-            if "." in meaning.site or meaning.role in ("router", "latent", "other", "scale"):
+            if not self.partial and ("." in meaning.site or meaning.role in ("router", "latent", "other", "scale")):
                 raise self._refuse(f"{name} ({meaning.site}) is no part of a dense decoder layer")
-        wanted = {"q", "k", "v", "o", "up", "down", *(("gate",) if self.traits.glu else ())}
+        wanted = {"up", "down", *(("gate",) if self.traits.glu else ())}
         for layer in range(self.depth):
-            if missing := sorted(wanted - self.slots[layer].keys()):
+            attention = {"q", "k", "v", "o"} if self.attends else set()
+            branches = [{prefix + part for part in wanted} for prefix in self.branches(layer)]
+            if missing := sorted(attention.union(*branches or [wanted]) - self.slots[layer].keys()):
                 raise self._refuse(f"layer {layer} has no {', '.join(missing)}", "check the model's files")
-        for part, rows in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
+        for part, rows in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)) if self.attends else ():
             shape = self.shape(0, part)
             if shape != (rows * self.head_dim, self.hidden):
                 raise self._refuse(
@@ -123,6 +147,21 @@ class Body:
         return 0 if self.traits.rope == "none" else int(self.traits.rotary * self.head_dim)
 
     @property
+    def attends(self) -> bool:
+        """Whether its attention is known: by heads, in every layer."""
+        return self.traits.attention == "heads"
+
+    def branches(self, layer: int) -> list[str]:
+        """The MLPs of a layer, by what stands in front of their parts: `` where there is one; `shared_expert.` where every token visits
+        one beside others; else those of the experts, `expert.0.` and up."""
+        slots = self.slots[layer]
+        for prefix in ("", "shared_expert."):
+            if prefix + "up" in slots:
+                return [prefix]
+        count = len([part for part in slots if part.startswith("expert.") and part.endswith(".up")])
+        return [f"expert.{number}." for number in range(count)]
+
+    @property
     def is_tied(self) -> bool:
         return "head" not in self.outer
 
@@ -131,8 +170,10 @@ class Body:
         """Where each part of each layer is stored."""
         found: list[dict[str, Slot]] = [{} for _ in range(self.depth)]
         for name, meaning in self.anatomy.tensors.items():
-            if meaning.stack == self.stack.prefix and meaning.layer is not None and meaning.layer < self.depth:
-                found[meaning.layer].update(_parts_of(name, meaning))
+            is_known = self.attends or "attention" not in meaning.roles
+            at = meaning.layer if meaning.stack == self.stack.prefix and is_known else None
+            if at is not None and at < self.depth:
+                found[at].update(_parts_of(name, meaning))
         return found
 
     @cached_property
@@ -156,15 +197,15 @@ class Body:
 
     def layer(self, layer: int, dtype: torch.dtype | None = None) -> Parts:
         """Every part of a layer, in `dtype` (float32 by default)."""
-        return self._read(self.slots[layer], dtype)
+        return self.read(self.slots[layer], dtype)
 
     def norms(self, layer: int, dtype: torch.dtype | None = None) -> Parts:
         """The norms of a layer."""
-        return self._read({part: slot for part, slot in self.slots[layer].items() if "norm" in part}, dtype)
+        return self.read({part: slot for part, slot in self.slots[layer].items() if "norm" in part}, dtype)
 
     def around(self, *parts: str, dtype: torch.dtype | None = None) -> Parts:
         """Parts outside of the layers that the model has, whole, in `dtype` (float32 by default)."""
-        return self._read(
+        return self.read(
             {part: slot for part, slot in self.outer.items() if part.removesuffix(".bias") in parts}, dtype
         )
 
@@ -179,7 +220,8 @@ class Body:
             out[name] = next(iter(pieces.values())) if view is None else view.join(pieces)
         return out
 
-    def _read(self, slots: Mapping[str, Slot], dtype: torch.dtype | None) -> Parts:
+    def read(self, slots: Mapping[str, Slot], dtype: torch.dtype | None = None) -> Parts:
+        """The parts in these slots, in `dtype` (float32 by default)."""
         import torch
 
         stored: dict[str, Parts] = {}
@@ -197,9 +239,11 @@ class Body:
 
 
 def _parts_of(name: str, meaning: Meaning) -> dict[str, Slot]:
-    """Part → slot of one stored tensor; buffers are no parts."""
-    if meaning.role == "buffer":
+    """Part → slot of one stored tensor; buffers, routers and what is not looked into are no parts."""
+    scope, _, last = meaning.site.rpartition(".")
+    if meaning.role in ("buffer", "router", "latent", "other", "scale") or last in ("router", "norm"):
         return {}
     end = ".bias" if meaning.role == "bias" else ""
-    parts = meaning.view.names if meaning.view is not None else (meaning.site,)
-    return {part + end: Slot(name, part + end) for part in parts}
+    expert = "" if meaning.expert is None else f"{meaning.expert}."
+    names = meaning.view.names if meaning.view is not None else (f"{expert}{last}",)
+    return {(f"{scope}." if scope else "") + part + end: Slot(name, part + end) for part in names}

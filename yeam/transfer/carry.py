@@ -54,11 +54,12 @@ def carried(layer: Effective, where: LayerMap, source: Body, host: Body) -> Effe
     import torch
 
     r = host.heads // host.kv_heads
+    heads, groups = len(where.heads_B), len(where.groups_L)
     q, k = planes_of(layer.q_HED, source), planes_of(layer.k_KED, source)
-    new_q, new_k = _empty(host.heads, host, layer.q_HED), _empty(host.kv_heads, host, layer.k_KED)
-    v_LED = layer.v_KED.new_zeros(host.kv_heads, host.head_dim, layer.v_KED.shape[2])
-    o_BED = layer.o_HED.new_zeros(host.heads, host.head_dim, layer.o_HED.shape[2])
-    for group in range(host.kv_heads):
+    new_q, new_k = _empty(heads, host, layer.q_HED), _empty(groups, host, layer.k_KED)
+    v_LED = layer.v_KED.new_zeros(groups, host.head_dim, layer.v_KED.shape[2])
+    o_BED = layer.o_HED.new_zeros(heads, host.head_dim, layer.o_HED.shape[2])
+    for group in range(groups):
         old = int(where.groups_L[group])
         if old < 0:
             continue
@@ -100,20 +101,18 @@ def _empty(heads: int, host: Body, like: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def unfolded(
-    layer: Effective, norms: Parts, host: Body, number: int, least: float = LEAST_GAIN
-) -> tuple[Parts, list[str]]:
+def unfolded(layer: Effective, norms: Parts, host: Body, least: float = LEAST_GAIN) -> tuple[Parts, list[str]]:
     """What has to be added to the host layer's parts to add `layer` to what it does; and what has no place there.
 
-    `norms` are the host's. Directions whose gain is below `least` of the norm's median cannot be reached through it and are left out.
+    `norms` are the host layer's parts, of which norms are read. Directions whose gain is below `least` of the norm's median cannot be
+    reached through it and are left out.
     """
     out: Parts = {}
     dropped: list[str] = []
-    slots = host.slots[number]
     readers = {"q": layer.q_HED.flatten(0, 1), "k": layer.k_KED.flatten(0, 1), "v": layer.v_KED.flatten(0, 1),
                "gate": layer.gate_ID, "up": layer.up_ID}  # fmt: skip
     for part, rows in readers.items():
-        if rows is None or part not in slots:
+        if rows is None or part not in norms:
             continue
         through = norm_of(host, part, norms)
         weight, bias = rows[:, : host.hidden], rows[:, host.hidden :]
@@ -124,7 +123,7 @@ def unfolded(
                 bias = bias[:, None]
         out[part] = weight
         if bias.shape[1]:
-            if part + ".bias" in slots:
+            if part + ".bias" in norms:
                 out[part + ".bias"] = bias[:, 0]
             elif float(bias.abs().max()) > 0:
                 dropped.append(part + ".bias")
@@ -132,6 +131,8 @@ def unfolded(
         ("o", layer.o_HED.flatten(0, 1), "attn_post_norm"),
         ("down", layer.down_ID, "mlp_post_norm"),
     ):
+        if part not in norms:
+            continue
         weight = columns.T
         if norm in norms:
             weight = inverse_gain(gain(norms[norm], host), least)[:, None] * weight
@@ -139,7 +140,7 @@ def unfolded(
     for part, bias_D in (("o.bias", layer.o_bias_D), ("down.bias", layer.down_bias_D)):
         if bias_D is None:
             continue
-        if part in slots:
+        if part in norms:
             out[part] = bias_D
         elif float(bias_D.abs().max()) > 0:
             dropped.append(part)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from yeam.transfer.body import Body
+from yeam.transfer.branches import ATTENTION, MLP, branch, kind_of
 from yeam.transfer.effective import Effective, effective
 
 if TYPE_CHECKING:
@@ -21,11 +22,11 @@ PRIOR = 0.67  # of likeness for a shift by the whole depth: a shift of 15 % need
 
 
 def sketch(layer: Effective, width: int) -> list[Tensor]:
-    """The four Gram matrices of a layer, in the stream of width D, each times one random matrix, unit norm, float64 [D, C]."""
+    """The four Gram matrices of a layer, in the stream of width D, each times one random matrix, float64 [D, C]."""
     import torch
 
     random_DC = torch.randn(width, COLUMNS, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    r = len(layer.q_HED) // len(layer.k_KED)
+    r = len(layer.q_HED) // max(len(layer.k_KED), 1)
 
     def gram(rows: Tensor | None) -> Tensor:
         if rows is None:
@@ -37,15 +38,18 @@ def sketch(layer: Effective, width: int) -> list[Tensor]:
     for head, o_ED in enumerate(layer.o_HED):
         o, v = o_ED.double(), layer.v_KED[head // r, :, :width].double()
         moved += o.T @ (v @ (v.T @ (o @ random_DC)))
-    grams = [gram(layer.gate_ID) + gram(layer.up_ID), gram(layer.down_ID), gram(layer.k_KED), moved]
-    return [g / g.norm().clamp(min=1e-300) for g in grams]
+    return [gram(layer.gate_ID) + gram(layer.up_ID), gram(layer.down_ID), gram(layer.k_KED), moved]
 
 
 def likeness(sources: list[list[Tensor]], hosts: list[list[Tensor]]) -> Tensor:
-    """Mean cosine of the sketches of every source layer with every host layer, float64 [L, M]."""
+    """Mean cosine of the sketches of every source layer with every host layer, of those that are not zero, float64 [L, M]."""
     import torch
 
-    return torch.tensor([[sum(float((a * b).sum()) for a, b in zip(s, h)) / len(s) for h in hosts] for s in sources])
+    def cosine(one: list[Tensor], other: list[Tensor]) -> float:
+        found = [float((a * b).sum()) for a, b in zip(one, other) if a.any() and b.any()]
+        return sum(found) / max(len(found), 1)
+
+    return torch.tensor([[cosine(s, h) for h in hosts] for s in sources], dtype=torch.float64)
 
 
 def match_layers(likeness_LM: Tensor) -> list[tuple[int, int]]:
@@ -78,6 +82,30 @@ def layer_pairs(source: Body, host: Body, readers_SD: Tensor, writers_DS: Tensor
 
     dtype = torch.float32
     turned = (readers_SD.to(dtype), writers_DS.to(dtype))
-    mine = [sketch(effective(source.layer(n), source, *turned), host.hidden) for n in range(source.depth)]
-    theirs = [sketch(effective(host.layer(n), host), host.hidden) for n in range(host.depth)]
+    heads = source.attends and host.attends
+    mine = [_sketched(source, n, host.hidden, heads, turned) for n in range(source.depth)]
+    theirs = [_sketched(host, n, host.hidden, heads) for n in range(host.depth)]
     return match_layers(likeness(mine, theirs))
+
+
+def _sketched(
+    body: Body, number: int, width: int, heads: bool, turned: tuple[Tensor, Tensor] | None = None
+) -> list[Tensor]:
+    """The sketch of a layer's attention, where `heads` are compared, and of its first MLP, or of all experts together."""
+    found = body.branches(number)
+    experts = found[:1] if not found or not found[0].startswith("expert.") else found
+    total: list[Tensor] = []
+    norms = body.norms(number)
+    for index, prefix in enumerate(experts or [""]):
+        slots = {
+            part: slot
+            for part, slot in body.slots[number].items()
+            if (kind_of(part) == MLP and part.startswith(prefix))
+            or (kind_of(part) == ATTENTION and heads and not index)
+        }
+        parts = branch({**norms, **body.read(slots)}, prefix, attention=True)
+        if not any(kind_of(part) for part in parts):
+            continue
+        grams = sketch(effective(parts, body, *(turned or ())), width)
+        total = [a + b for a, b in zip(total, grams)] if total else grams
+    return [g / g.norm().clamp(min=1e-300) for g in total]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @dataclass
 class Effective:
     """A layer's attention per head and MLP per neuron: q_HED, k_KED, v_KED, o_HED (output directions as rows), gate_ID (None without a
-    gate), up_ID, down_ID (output directions as rows)."""
+    gate), up_ID, down_ID (output directions as rows). No heads, or no neurons, where the layer has none that are looked at."""
 
     q_HED: Tensor
     k_KED: Tensor
@@ -40,6 +40,16 @@ class Effective:
         named = {name: value for name, value in vars(self).items() if value is not None}
         return replace(self, **{name: change(name, value) for name, value in named.items()})
 
+    def without_heads(self) -> Effective:
+        """Its MLP only."""
+        empty = {name: getattr(self, name)[:0] for name in ("q_HED", "k_KED", "v_KED", "o_HED")}
+        return replace(self, **empty, o_bias_D=None)
+
+    def without_neurons(self) -> Effective:
+        """Its attention only."""
+        gate = None if self.gate_ID is None else self.gate_ID[:0]
+        return replace(self, gate_ID=gate, up_ID=self.up_ID[:0], down_ID=self.down_ID[:0], down_bias_D=None)
+
 
 def effective(
     parts: Parts,
@@ -51,16 +61,22 @@ def effective(
 ) -> Effective:
     """The layer in effective form; `readers_DD` [D_old, D_new] and `writers_DD` [D_new, D_old] change the stream's coordinates.
 
+    `parts` of an attention and one MLP (see `branches.branch`), or of one of these.
     qk_gains: whether queries and keys carry the gains of the norms on them.
     """
 
+    width = body.hidden if readers_DD is None else readers_DD.shape[1]
+    any_part = next(x for part, x in parts.items() if x.dim() == 2)
+
     def reader(part: str) -> Tensor:
-        return _reader(parts, body, part, readers_DD)
+        return _reader(parts, body, part, readers_DD) if part in parts else any_part.new_zeros(0, width)
 
     def added(part: str, norm: str) -> Tensor | None:
         return writer(part, norm)[0] if part in parts else None
 
     def writer(part: str, norm: str) -> Tensor:
+        if part not in parts:
+            return any_part.new_zeros(0, width)
         columns = parts[part] if parts[part].dim() == 2 else parts[part][:, None]
         if norm in parts:
             columns = gain(parts[norm], body)[:, None] * columns
@@ -68,12 +84,15 @@ def effective(
             columns = columns - columns.mean(0)
         return (columns if writers_DD is None else writers_DD @ columns).T
 
+    def per_head(rows: Tensor) -> Tensor:
+        return rows.reshape(len(rows) // body.head_dim, body.head_dim, rows.shape[1])
+
     plain = Effective(
-        reader("q").view(body.heads, body.head_dim, -1),
-        reader("k").view(body.kv_heads, body.head_dim, -1),
-        reader("v").view(body.kv_heads, body.head_dim, -1),
-        writer("o", "attn_post_norm").view(body.heads, body.head_dim, -1),
-        reader("gate") if "gate" in parts else None,
+        per_head(reader("q")),
+        per_head(reader("k")),
+        per_head(reader("v")),
+        per_head(writer("o", "attn_post_norm")),
+        reader("gate") if body.traits.glu else None,
         reader("up"),
         writer("down", "mlp_post_norm"),
         added("o.bias", "attn_post_norm"),
@@ -84,7 +103,7 @@ def effective(
 
 def with_qk_gains(layer: Effective, parts: Parts, body: Body) -> Effective:
     """The layer with the gains of the norms on queries and keys in their rows."""
-    if body.traits.qk_norm == "none":
+    if body.traits.qk_norm == "none" or not len(layer.q_HED):
         return layer
     q, k = (gain(parts[norm], body) for norm in ("q_norm", "k_norm"))
     if body.traits.qk_norm == "head":

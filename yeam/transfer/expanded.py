@@ -42,7 +42,7 @@ class ExpandedCheckpoint(Checkpoint):
         names = [name for name in (*shape.tensors, *self._parts.values()) if name in wanted]
         self.tensors = {name: TensorInfo(name, code, shapes[name]) for name in dict.fromkeys(names)}
         self._part_of = {name: part for part, name in self._parts.items()}
-        self._layers = LayerCache(host, self._placed)
+        self._layers = LayerCache(host, lambda layer, slots: self._placed(layer))
 
     @property
     def folders(self):  # type: ignore[no-untyped-def]

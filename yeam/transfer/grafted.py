@@ -10,9 +10,7 @@ Legend: N added neurons, A neurons of the donor, D width of the host's stream, S
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from yeam.checkpoint import Checkpoint, TensorInfo
@@ -20,13 +18,12 @@ from yeam.errors import CheckpointError
 from yeam.families import describe
 from yeam.transfer.body import Body, Parts
 from yeam.transfer.layers import LayerCache
-from yeam.transfer.stream import LEAST_GATE
+from yeam.transfer.relation import Relation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from yeam.transfer.effective import Effective
-    from yeam.transfer.stream import StreamMaps
 
 GROUP = 64  # the width of an MLP stays a multiple of this
 WIDTH_KEYS = ("intermediate_size", "n_inner")
@@ -64,8 +61,8 @@ class GraftedCheckpoint(Checkpoint):
         self.tensors = {name: self._info(info) for name, info in inner.tensors.items()}
         self.config = wider(inner.config, host.anatomy.text_path, self.width)
         shapes = {name: info.shape for name, info in self.tensors.items()}
-        self._layers = LayerCache(Body(self, describe(self.config, shapes)), self._made)
-        self._lock = threading.RLock()
+        self.relation = Relation(host, base or donor)
+        self._layers = LayerCache(Body(self, describe(self.config, shapes)), lambda layer, slots: self._made(layer))
 
     def _info(self, info: TensorInfo) -> TensorInfo:
         """A stored tensor in float32, with the side of the neurons grown where there is one."""
@@ -111,29 +108,12 @@ class GraftedCheckpoint(Checkpoint):
         if name not in self._parts:
             return None
         layer = self._layers.layer_of(name)
-        source = None if layer is None else self._layer_map.get(layer)
-        return {"graft_gate": self.maps.gate, "graft_from": source, "grafted": self.added if source is not None else 0}
-
-    @cached_property
-    def maps(self) -> StreamMaps:
-        """Between the donor's stream and the host's."""
-        from yeam.transfer.aligned import shared_rows
-        from yeam.transfer.anchors import gather
-        from yeam.transfer.stream import maps_of
-
-        origin = self._base or self._donor
-        with self._lock:
-            return maps_of(gather(self._host, origin, *shared_rows(self._host, origin)), origin, self._host)
-
-    @cached_property
-    def _layer_map(self) -> dict[int, int]:
-        from yeam.transfer.depth import layer_pairs
-
-        if self.maps.gate <= LEAST_GATE:
-            return {}
-        with self._lock:
-            pairs = layer_pairs(self._base or self._donor, self._host, self.maps.readers_SD, self.maps.writers_DS)
-            return {there: here for here, there in pairs}
+        source = None if layer is None else self.relation.layer_map.get(layer)
+        return {
+            "graft_gate": self.relation.maps.gate,
+            "graft_from": source,
+            "grafted": self.added if source is not None else 0,
+        }
 
     @property
     def _dtype(self) -> Any:
@@ -148,10 +128,8 @@ class GraftedCheckpoint(Checkpoint):
         from yeam.transfer.carry import unfolded
 
         parts = self._host.layer(layer, self._dtype)
-        source = self._layer_map.get(layer)
-        new: Parts = (
-            {} if source is None else unfolded(self._neurons(layer, source, parts), parts, self._host, layer)[0]
-        )
+        source = self.relation.layer_map.get(layer)
+        new: Parts = {} if source is None else unfolded(self._neurons(layer, source, parts), parts, self._host)[0]
         out = dict(parts)
         for part, values in parts.items():
             if not _is_mlp(part) or part == "down.bias":
@@ -174,7 +152,7 @@ class GraftedCheckpoint(Checkpoint):
         from yeam.transfer.matching import comparable
         from yeam.transfer.neurons import match_neurons
 
-        readers, writers = self.maps.readers_SD.to(self._dtype), self.maps.writers_DS.to(self._dtype)
+        readers, writers = self.relation.maps.readers_SD.to(self._dtype), self.relation.maps.writers_DS.to(self._dtype)
         there = effective(host_parts, self._host)
         after = effective(self._donor.layer(source, self._dtype), self._donor, readers, writers)
         if self._base is not None:
@@ -190,7 +168,7 @@ class GraftedCheckpoint(Checkpoint):
             likeness_A[match.neurons_B[found]] = match.score_B[found].clamp(0, 2) / 2
             weight_A = after.up_ID.norm(dim=1) * after.down_ID.norm(dim=1) * (1 - likeness_A)
             chosen = [(after, weight_A.argsort(descending=True, stable=True)[: self.added], 1.0)]
-        factor = self._strength * self.maps.gate
+        factor = self._strength * self.relation.maps.gate
         if any(body.traits.placement != "pre" for body in (self._host, self._donor)):
             # a norm behind the MLP leaves the length of its outputs open: the added ones are as long as the host's
             factor *= _length(there) / max(_length(after if self._base is None else before), 1e-30)

@@ -34,6 +34,14 @@ class HeadMatch:
     score_B: Tensor
     null: float
 
+    @classmethod
+    def none(cls) -> HeadMatch:
+        """Of layers without heads."""
+        import torch
+
+        empty = torch.zeros(0, dtype=torch.int64)
+        return cls(empty, empty, empty.float(), 0.0)
+
 
 def circuit_scores(source: Effective, host: Effective, source_body: Body, host_body: Body, planes: Planes) -> Tensor:
     """Cosine of the O V circuits plus cosine of the Q K circuits of every source head (rows) with every host head, [A, B]."""

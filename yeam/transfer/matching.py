@@ -36,14 +36,18 @@ class LayerMatch:
     def summary(self) -> dict[str, float]:
         """How many heads and neurons of the source found a place, their mean score, lead over the second best, and gate."""
         heads, neurons = self.heads.heads_B >= 0, self.neurons.neurons_B >= 0
+
+        def mean(x_B: Tensor, found: Tensor) -> float:
+            return float(x_B[found].mean()) if bool(found.any()) else 0.0
+
         return {
             "heads": int(heads.sum()),
-            "head_score": float(self.heads.score_B[heads].mean()) / PERFECT,
-            "head_gate": float(self.head_gate_B[heads].mean()),
+            "head_score": mean(self.heads.score_B, heads) / PERFECT,
+            "head_gate": mean(self.head_gate_B, heads),
             "neurons": int(neurons.sum()),
-            "neuron_score": float(self.neurons.score_B[neurons].mean()) / PERFECT,
-            "neuron_margin": float(self.neurons.margin_B[neurons].mean()) / PERFECT,
-            "neuron_gate": float(self.neuron_gate_B[neurons].mean()),
+            "neuron_score": mean(self.neurons.score_B, neurons) / PERFECT,
+            "neuron_margin": mean(self.neurons.margin_B, neurons) / PERFECT,
+            "neuron_gate": mean(self.neuron_gate_B, neurons),
         }
 
 
@@ -57,16 +61,19 @@ def match_layer(
 ) -> LayerMatch:
     """Match a source layer, in the host's stream, with a host layer; nothing needs to have the same shape.
 
-    Biases of readers are compared where both have them.
+    Biases of readers are compared where both have them. Where a layer is given without heads, or without neurons, none are matched.
     """
     source, host = comparable(source, host)
-    planes = matching_planes(source_body, source_layer, host_body, host_layer)
-    score_AB = circuit_scores(source, host, source_body, host_body, planes)
-    heads = match_heads(score_AB, source_body.kv_heads, host_body.kv_heads)
     shuffled = _shuffled(source)
-    null = match_heads(
-        circuit_scores(shuffled, host, source_body, host_body, planes), source_body.kv_heads, host_body.kv_heads
-    )
+    if len(source.q_HED) and len(host.q_HED):
+        planes = matching_planes(source_body, source_layer, host_body, host_layer)
+        groups = source_body.kv_heads, host_body.kv_heads
+        heads, null = (
+            match_heads(circuit_scores(each, host, source_body, host_body, planes), *groups)
+            for each in (source, shuffled)
+        )
+    else:
+        planes, heads, null = Planes.equal(0), HeadMatch.none(), HeadMatch.none()
     head_gate_B = _gate(heads.score_B, heads.heads_B, null.score_B, null.heads_B)
     neurons = match_neurons(source, host)
     chance = match_neurons(_some(shuffled), _some(host))
@@ -136,17 +143,17 @@ def _factors(
     """turn_LP, rest_LRr, dual_LRr, values_LEe, back_LeE of all host groups; zeros for groups without a partner."""
     import torch
 
-    r = host_body.heads // host_body.kv_heads
+    r, groups = host_body.heads // host_body.kv_heads, len(heads.groups_L)
     dtype = source.v_KED.dtype
     complex_type = torch.complex128 if dtype == torch.float64 else torch.complex64
-    turn = torch.ones(host_body.kv_heads, len(planes.source), dtype=complex_type)
+    turn = torch.ones(groups, len(planes.source), dtype=complex_type)
     wide, narrow = host_body.head_dim - host_body.rotary, source_body.head_dim - source_body.rotary
-    rest = torch.zeros(host_body.kv_heads, wide, narrow, dtype=dtype)
+    rest = torch.zeros(groups, wide, narrow, dtype=dtype)
     dual = rest.clone()
-    values = torch.zeros(host_body.kv_heads, host_body.head_dim, source_body.head_dim, dtype=dtype)
+    values = torch.zeros(groups, host_body.head_dim, source_body.head_dim, dtype=dtype)
     back = values.transpose(1, 2).clone()
     normed = is_normed(source_body, host_body)
-    for group in range(host_body.kv_heads):
+    for group in range(groups):
         old_group = int(heads.groups_L[group])
         if old_group < 0:
             continue

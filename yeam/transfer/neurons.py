@@ -36,6 +36,10 @@ def match_neurons(source: Effective, host: Effective) -> NeuronMatch:
     import torch
 
     scores = _Scores(source, host)
+    if not scores.count or not scores.slots:
+        return NeuronMatch(
+            torch.full((scores.slots,), -1), torch.full((scores.slots,), float("-inf")), torch.zeros(scores.slots)
+        )
     best_A, _, _ = scores.best(flip=False)
     best_B, first_B, second_B = scores.best(flip=True)
     neurons_B = torch.full((scores.slots,), -1)

@@ -122,7 +122,7 @@ def placed_layer(small: Body, host: Body, layer: int, dtype: torch.dtype) -> Par
             out[norm][:d] = parts[norm]
     where = placement(small, host, layer, dtype)
     plain = effective(parts, small, wide.T / stretch, stretch * wide * residual, qk_gains=False)
-    for part, weight in unfolded(carried(plain, where, small, host), out, host, layer, least=0.0)[0].items():
+    for part, weight in unfolded(carried(plain, where, small, host), out, host, least=0.0)[0].items():
         out[part] = weight
     _place_qk_norms(parts, out, small, host, where)
     return out

@@ -2,8 +2,7 @@
 
 The update tuned − base of a source of any size is taken to the host's stream, put into the slots where the base's heads and
 neurons were matched with the host's, gated by how well they match, and kept inside a trust region (hct.md, sections 2 and 4).
-
-Legend: D width of the host, S of the source, B host heads or neurons, L host groups.
+Between models in the same coordinates it is added as it is.
 """
 
 from __future__ import annotations
@@ -15,69 +14,81 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from yeam.checkpoint import Checkpoint, TensorInfo
-from yeam.errors import CheckpointError
-from yeam.transfer.body import Body, Parts
+from yeam.transfer.body import Body, Parts, Slot
+from yeam.transfer.branches import ATTENTION, EMBEDDING, MLP, belongs, kind_of
 from yeam.transfer.layers import LayerCache
-from yeam.transfer.stream import LEAST_GATE
+from yeam.transfer.movable import check_movable
+from yeam.transfer.relation import Relation, may_be_same
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from yeam.transfer.effective import Effective
-    from yeam.transfer.matching import LayerMatch
-    from yeam.transfer.stream import StreamMaps
+    from yeam.transfer.layer_update import LayerUpdates
+    from yeam.transfer.words import WordUpdate
 
-MLP = ("gate", "up", "down")
-ATTENTION = ("q", "k", "v", "o")
-SHAPE = ("depth", "hidden", "heads", "kv_heads", "head_dim")
+BLOCK = 1 << 21  # elements whose lengths are taken at a time
+
+# the strength for a host that was trained on: gains grow more slowly than what the host forgets (tests/benchmarks/lineage.py)
+RELATED = 0.5
+
+NORM_KIND = {"attn_norm": ATTENTION, "q_norm": ATTENTION, "k_norm": ATTENTION, "attn_post_norm": ATTENTION,
+             "mlp_norm": MLP, "mlp_post_norm": MLP}  # fmt: skip
 
 
 class TransportedCheckpoint(Checkpoint):
     """`host` plus strength · what `tuned` has learned over `base`. Tensors are the host's, float32 (float64 for float64).
 
-    parts: which parts of a layer are changed. budget: the most that a part may change, relative to its norm; nor does it change
-    more than the update changed its origin. Where tokens show no relation between the streams nothing is changed.
+    parts: which of ATTENTION, MLP and EMBEDDING are changed. strength: None for 1 where the host is the base, in other coordinates or
+    grown, and RELATED where it has learned something of its own, which a whole update would partly undo. budget: the most that a
+    part may change, relative to its norm; nor does it change more than the update changed its origin. Where tokens show no relation
+    between the streams nothing is changed.
     Memory: two layers of the host in float32, while a layer is made three more and three of the source, and D×S maps.
     Raises CheckpointError for a source wider than the host, or models whose way of computing cannot be mapped.
     """
 
     def __init__(
-        self, host: Body, base: Body, tuned: Body, *, strength: float, budget: float, parts: Sequence[str]
+        self, host: Body, base: Body, tuned: Body, *, strength: float | None, budget: float, parts: Sequence[str]
     ) -> None:
         from yeam.transfer.aligned import check_tokens
 
-        _check(host, base, tuned)
+        self._parts_wanted, self.remarks = check_movable(host, base, tuned, parts)
         check_tokens(host, base)
         self._host, self._base, self._tuned = host, base, tuned
-        self._strength, self._budget, self._parts_wanted = strength, budget, tuple(parts)
+        self._strength, self._budget = strength, budget
+        self.relation = Relation(host, base)
         inner = host.checkpoint
-        self.remarks: list[str] = []
-        if host.traits.glu != base.traits.glu and set(MLP) & set(parts):
-            if not set(ATTENTION) & set(parts):
-                raise CheckpointError(
-                    f"{tuned.checkpoint.reference} and {inner.reference}: only one of them has gates in its MLP, so no neuron of one "
-                    "is a neuron of the other",
-                    "move `parts: [attention]`, or choose a host of the same kind",
-                )
-            self._parts_wanted = tuple(part for part in parts if part not in MLP)
-            self.remarks.append(
-                f"{tuned.checkpoint.reference}: attention only, because only one of the two models has gates in its MLP"
-            )
         self.reference = f"{tuned.checkpoint.reference} moved into {inner.reference}"
         self.folder, self.config = inner.folder, dict(inner.config)
         self.apart = inner.apart
         self.aliases, self.notes = inner.aliases, []
-        code = "F64" if any(info.dtype == "F64" for info in inner.tensors.values()) else "F32"
+        self._code = "F64" if any(info.dtype == "F64" for info in inner.tensors.values()) else "F32"
         self.tensors = {
-            name: TensorInfo(name, code, info.shape) if info.storage.is_float else info
+            name: TensorInfo(name, self._code, info.shape) if info.storage.is_float else info
             for name, info in inner.tensors.items()
         }
-        self._code = code
         self._layers = LayerCache(host, self._made)
-        self._found: dict[int, dict[str, Any]] = {}
+        self._outer = {slot.name: part for part, slot in host.outer.items()}
+        self._changed = self._to_change()
+        self._found: dict[str, dict[str, Any]] = {}
         self._steps: dict[str, float] = {}
-        self._left_out: set[str] = set()
+        self._words: dict[str, WordUpdate] = {}
+        self._factors: dict[str, float] = {}
         self._lock = threading.RLock()
+
+    def _to_change(self) -> frozenset[str]:
+        """The stored tensors that hold a part which may be changed; norms, positions only where the update may be added as it is."""
+        norms, found = may_be_same(self._host, self._base), set()
+        for layer, slots in enumerate(self._host.slots):
+            branches = self._host.branches(layer)
+            for part, slot in slots.items():
+                kind = kind_of(part) or (NORM_KIND.get(part.removesuffix(".bias"), ()) if norms else ())
+                is_target = kind_of(part) != MLP or any(belongs(part, prefix) for prefix in branches)
+                if set(kind) & set(self._parts_wanted) and is_target:
+                    found.add(slot.name)
+        for part, slot in self._host.outer.items():
+            if set(EMBEDDING) & set(self._parts_wanted) and (part in EMBEDDING or norms):
+                found.add(slot.name)
+        return frozenset(found)
 
     @property
     def folders(self):  # type: ignore[no-untyped-def]
@@ -92,6 +103,10 @@ class TransportedCheckpoint(Checkpoint):
         return self._host.checkpoint.natural_dtype(name)
 
     def resident_bytes(self, name: str) -> int:
+        from yeam.transfer.words import WordUpdate
+
+        if self._outer.get(name) in EMBEDDING and self.changes(name):
+            return WordUpdate.resident_bytes(self._host, self._base)
         return self._layers.resident_bytes(name)
 
     def prepare(self, name: str) -> None:
@@ -99,77 +114,45 @@ class TransportedCheckpoint(Checkpoint):
 
     def changes(self, name: str) -> bool:
         """Whether a stored tensor holds a part that may be changed."""
-        layer = self._layers.layer_of(name)
-        if layer is None:
-            return False
-        found = [part for part, slot in self._host.slots[layer].items() if slot.name == name]
-        return any(part.removesuffix(".bias") in self._parts_wanted for part in found)
+        return name in self._changed
 
     def read(self, name: str, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
-        if self.changes(name) and self.maps.gate > LEAST_GATE:
-            return self._layers.tensor(name).flatten()[start:stop]
-        return self._host.checkpoint.read(name, start, stop).to(self.tensors[name].storage.torch)
+        if self.changes(name):
+            if self.relation.is_same:
+                return self._added(name, start, stop)
+            if self.relation.is_found:
+                if name in self._outer:
+                    return self._with_words(name, start, stop)
+                if any(kind_of(part) for part in self._parts_of(name)):
+                    return self._layers.tensor(name).flatten()[start:stop]
+        return self._host.checkpoint.read(name, start, stop).to(self._dtype_of(name))
 
     def facts(self, name: str) -> Mapping[str, Any] | None:
         """How the streams fit, how the layer's heads and neurons were matched, and the relative change of this tensor."""
-        layer = self._layers.layer_of(name)
-        if layer is None or not self.changes(name):
+        if not self.changes(name):
             return None
-        maps = self.maps
+        maps = self.relation.maps
         stream = {
-            "tier": self.tier,
-            "anchors": len(self._rows[0]),
+            "tier": self.relation.tier,
+            "anchors": len(self.relation.rows[0]),
             "write_r2": maps.write.explained,
             "write_chance": maps.write.chance,
             "read_r2": maps.read.explained,
             "read_chance": maps.read.chance,
             "stream_gate": maps.gate,
+            "strength": self.strength,
         }
-        return {**stream, **self._found.get(layer, {}), "step": self._steps.get(name, 0.0)}
+        return {**stream, **self._found.get(name, {}), "step": self._steps.get(name, 0.0)}
 
     @property
-    def tier(self) -> str:
-        """How closely the models are related: `same coordinates`, `same shape`, `same vocabulary`, `other vocabulary`, `unrelated`."""
-        from yeam.vocabulary.tokens import vocabularies_differ
+    def strength(self) -> float:
+        """Of the update; the default is known once the models have been compared."""
+        if self._strength is not None:
+            return self._strength
+        return 1.0 if self.relation.is_whole else RELATED
 
-        if self.maps.gate <= LEAST_GATE:
-            return "unrelated"
-        if vocabularies_differ(self._host.checkpoint.folder, self._base.checkpoint.folder):
-            return "other vocabulary"
-        if any(getattr(self._host, what) != getattr(self._base, what) for what in SHAPE):
-            return "same vocabulary"
-        matrix = self.maps.writers_DS
-        return (
-            "same coordinates"
-            if float(matrix.diagonal().mean()) > 0.9 * float(matrix.norm(dim=0).mean())
-            else "same shape"
-        )
-
-    @cached_property
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """The shared tokens' rows, in the host and in the base."""
-        from yeam.transfer.aligned import shared_rows
-
-        return shared_rows(self._host, self._base)
-
-    @cached_property
-    def maps(self) -> StreamMaps:
-        """Between the source's stream and the host's."""
-        from yeam.transfer.anchors import gather
-        from yeam.transfer.stream import maps_of
-
-        with self._lock:
-            anchors = gather(self._host, self._base, *self._rows)
-            return maps_of(anchors, self._base, self._host)
-
-    @cached_property
-    def layer_map(self) -> dict[int, int]:
-        """Host layer → source layer."""
-        from yeam.transfer.depth import layer_pairs
-
-        with self._lock:
-            pairs = layer_pairs(self._base, self._host, self.maps.readers_SD, self.maps.writers_DS)
-            return {there: here for here, there in pairs}
+    def _dtype_of(self, name: str) -> Any:
+        return self.tensors[name].storage.torch
 
     @property
     def _dtype(self) -> Any:
@@ -177,106 +160,115 @@ class TransportedCheckpoint(Checkpoint):
 
         return torch.float64 if self._code == "F64" else torch.float32
 
-    def _made(self, layer: int) -> Parts:
-        """The host's layer with the update in it."""
-        parts = self._host.layer(layer, self._dtype)
-        source = self.layer_map.get(layer)
-        if source is None:
+    def _parts_of(self, name: str) -> list[str]:
+        layer = self._layers.layer_of(name)
+        return [] if layer is None else [part for part, slot in self._host.slots[layer].items() if slot.name == name]
+
+    @cached_property
+    def _updates(self) -> LayerUpdates:
+        from yeam.transfer.layer_update import LayerUpdates
+
+        return LayerUpdates(self.relation, self._tuned, self._dtype)
+
+    def _made(self, layer: int, slots: Mapping[str, Slot]) -> Parts:
+        """The host's parts in these slots, with the update in them."""
+        parts = self._host.read(slots, self._dtype)
+        if layer not in self.relation.layer_map:
             return parts
-        update, match = self._update(layer, source, parts)
-        self._found[layer] = {
+        wanted = set(self._parts_wanted)
+        moved = self._updates.into(
+            layer, slots, {**self._host.norms(layer, self._dtype), **parts},
+            attention=bool(wanted & set(ATTENTION)), mlp=bool(wanted & set(MLP)),
+        )  # fmt: skip
+        if not moved.matches:
+            return parts
+        source = self.relation.layer_map[layer]
+        facts = {
             "source_layer": source,
-            **match.summary(),
-            "heads_of": self._base.heads,
-            "neurons_of": self._base.shape(source, "up")[0],
-            **({"left_out": sorted(self._left_out)} if self._left_out else {}),
+            **moved.facts(),
+            "heads_of": self._base.heads if any(match["heads"] for match in moved.matches) else 0,
+            "neurons_of": self._neurons_of(source) if any(match["neurons"] for match in moved.matches) else 0,
         }
+        update = {part: value for part, value in moved.update.items() if part in parts and self._is_wanted(part)}
+        self._bound(update, parts, moved.origin, slots)
+        self._found.update(dict.fromkeys((slot.name for slot in slots.values()), facts))
         return {part: values + update[part] if part in update else values for part, values in parts.items()}
 
-    def _update(self, layer: int, source: int, host_parts: Parts) -> tuple[Parts, LayerMatch]:
-        from yeam.transfer.carry import carried, unfolded
-        from yeam.transfer.effective import effective, with_qk_gains
-        from yeam.transfer.levels import levels, scaled, without_qk_gains
-        from yeam.transfer.matching import match_layer
+    def _neurons_of(self, source: int) -> int:
+        from yeam.transfer.branches import source_branch
 
-        readers, writers = self.maps.readers_SD.to(self._dtype), self.maps.writers_DS.to(self._dtype)
-        base, tuned = self._base.layer(source, self._dtype), self._tuned.layer(source, self._dtype)
-        theirs = effective(host_parts, self._host, qk_gains=False)
-        before = effective(base, self._base, readers, writers)
-        match = match_layer(
-            before, with_qk_gains(theirs, host_parts, self._host), self._base, self._host, source, layer
-        )
-        after = effective(tuned, self._tuned, readers, writers)
+        return self._base.shape(source, f"{source_branch(self._base, source) or ''}up")[0]
 
-        def placed(layer_part: Effective) -> Effective:
-            return without_qk_gains(carried(layer_part, match.where, self._base, self._host), host_parts, self._host)
+    def _is_wanted(self, part: str) -> bool:
+        return part.removesuffix(".bias").rpartition(".")[2] in self._parts_wanted
 
-        origin = placed(before)
-        factors = levels(origin, theirs, match, self._base, self._host)
-        moved = _gated(scaled(placed(_gap(after, before)), factors), match, self._host)
-        update, left_out = unfolded(moved, host_parts, self._host, layer)
-        self._left_out.update(left_out)
-        kept = {part: value for part, value in update.items() if part.removesuffix(".bias") in self._parts_wanted}
-        kept = {part: value for part, value in kept.items() if part in host_parts}
-        origin_parts, _ = unfolded(scaled(origin, factors), host_parts, self._host, layer)
-        self._bound(kept, host_parts, origin_parts, layer)
-        return kept, match
-
-    def _bound(self, update: Parts, host: Parts, origin: Parts, layer: int) -> None:
+    def _bound(self, update: Parts, host: Parts, origin: Parts, slots: Mapping[str, Slot]) -> None:
         """Strength, gate and trust region, in place.
 
         `origin` is what the update was learned on, moved likewise: where the host's part is smaller than that, the update
         shrinks with it, so that it never changes the host more than it changed its origin; nor more than the budget.
         """
         for part, value in update.items():
-            own, before = float(host[part].norm()), float(origin[part].norm())
-            value *= self._strength * self.maps.gate * (min(1.0, own / before) if before > 0 else 0.0)
-            step = float(value.norm()) / own if own > 0 else 0.0
-            if step > self._budget:
-                value *= self._budget / step
-            name = self._host.slots[layer][part].name
-            self._steps[name] = max(min(step, self._budget), self._steps.get(name, 0.0))
+            own, before, length = (float(x[part].norm()) for x in (host, origin, update))
+            name = slots[part].name
+            factor, step = self._factor(own, before, length)
+            value *= factor
+            self._steps[name] = max(step, self._steps.get(name, 0.0))
 
+    def _factor(self, own: float, before: float, length: float) -> tuple[float, float]:
+        """What to multiply an update by, and its step relative to the host's part then."""
+        factor = self.strength * self.relation.maps.gate * (min(1.0, own / before) if before > 0 else 0.0)
+        step = factor * length / own if own > 0 else 0.0
+        return (factor * self._budget / step, self._budget) if step > self._budget else (factor, step)
 
-def _gap(after: Effective, before: Effective) -> Effective:
-    return after.each(lambda name, value: value - getattr(before, name))
+    def _added(self, name: str, start: int, stop: int) -> Tensor:
+        """The host's elements plus the update's, where both have the same coordinates."""
+        with self._lock:
+            if name not in self._factors:
+                self._factors[name] = self._plain_factor(name)
+        kind = self._dtype_of(name)
+        own, before, after = (body.checkpoint.read(name, start, stop).to(kind) for body in self._bodies)
+        return own + self._factors[name] * (after - before)
 
+    @property
+    def _bodies(self) -> tuple[Body, Body, Body]:
+        return self._host, self._base, self._tuned
 
-def _gated(layer: Effective, match: LayerMatch, host: Body) -> Effective:
-    """Each head and neuron times its gate; a group's keys and values times the mean of its matched heads' gates, biases behind
-    attention and MLP times the mean of all."""
-    gate_B, neuron_gate_B = match.head_gate_B.to(layer.q_HED.dtype), match.neuron_gate_B.to(layer.q_HED.dtype)
-    is_head_B, is_neuron_B = match.heads.heads_B >= 0, match.neurons.neurons_B >= 0
-    groups_L = gate_B.view(host.kv_heads, -1).sum(1) / is_head_B.view(host.kv_heads, -1).sum(1).clamp(min=1)
-    factors = {
-        **dict.fromkeys(("q_HED", "o_HED"), gate_B[:, None, None]),
-        **dict.fromkeys(("k_KED", "v_KED"), groups_L[:, None, None]),
-        **dict.fromkeys(("gate_ID", "up_ID", "down_ID"), neuron_gate_B[:, None]),
-        "o_bias_D": gate_B.sum() / is_head_B.sum().clamp(min=1),
-        "down_bias_D": neuron_gate_B.sum() / is_neuron_B.sum().clamp(min=1),
-    }
-    return layer.each(lambda name, value: value * factors[name])
+    def _plain_factor(self, name: str) -> float:
+        """The strength, less where the tensor would change by more than the budget."""
+        info, squares = self.tensors[name], [0.0, 0.0]
+        width = info.shape[-1]
+        block = max(BLOCK // width, 1) * width
+        for start in range(0, info.numel, block):
+            stop = min(start + block, info.numel)
+            own, before, after = (body.checkpoint.read(name, start, stop).double() for body in self._bodies)
+            squares[0] += float(own.square().sum())
+            squares[1] += float((after - before).square().sum())
+        step = self.strength * (squares[1] / squares[0]) ** 0.5 if squares[0] > 0 else 0.0
+        self._steps[name] = min(step, self._budget)
+        return self.strength if step <= self._budget else self.strength * self._budget / step
 
+    @property
+    def _is_head_alone(self) -> bool:
+        """Where one tensor of the source is two in a host that was trained on, what it learned belongs to the head: training moves every
+        row of a head in every step, of an embedding those that are read, and the common part of it harms a host's embedding."""
+        return self._base.is_tied and not self._host.is_tied and not self.relation.is_whole
 
-def _check(host: Body, base: Body, tuned: Body) -> None:
-    names = [body.checkpoint.reference for body in (host, base, tuned)]
-    for what in (*SHAPE, "traits"):
-        if getattr(base, what) != getattr(tuned, what):
-            raise CheckpointError(
-                f"{names[1]} is not the base of {names[2]}: they differ in {what}",
-                "name the model that it was tuned from",
-            )
-    raw = [body.traits.placement == "post" for body in (host, base)]
-    if raw[0] != raw[1]:
-        reads = [
-            f"{name} reads its stream {'as it is' if is_raw else 'through norms'}" for name, is_raw in zip(names, raw)
-        ]
-        raise CheckpointError(
-            f"{' and '.join(reads)}: how large an update is for the other one is not known",
-            "choose a host whose norms stand where the source's do",
-        )
-    if base.hidden > host.hidden:
-        raise CheckpointError(
-            f"{names[2]} is {base.hidden} wide and {names[0]} {host.hidden}: updates move into models at least as wide",
-            "choose a larger host",
-        )
+    def _with_words(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of the embedding or the head with the update in them."""
+        from yeam.transfer.words import WordUpdate
+
+        plain = self._host.checkpoint.read(name, start, stop).to(self._dtype_of(name))
+        part = self._outer[name]
+        if part not in EMBEDDING or (part == "embedding" and self._is_head_alone):
+            return plain
+        with self._lock:
+            if name not in self._words:
+                words = WordUpdate(self.relation, self._tuned, part)
+                self._factors[name], self._steps[name] = self._factor(*words.lengths)
+                self._words[name] = words
+        width = self.tensors[name].shape[-1]
+        rows_TD, first = plain.view(-1, width), start // width
+        for rows_T, update_TD in self._words[name].rows(first, first + len(rows_TD)):
+            rows_TD[rows_T - first] += (self._factors[name] * update_TD).to(rows_TD.dtype)
+        return rows_TD.flatten()
