@@ -29,6 +29,7 @@ class HeldInputs:
         self.role = role
         self.name, self.shape, self.K, self.has_base = name, shape, len(sources_KT), base is not None
         self.device, self.dtype = sources_KT.device, sources_KT.dtype
+        self.rounding = (0.0,) * self.K
         self.exact = exact or self.dtype.itemsize < 4
         self.companions: dict[str, HeldInputs] = {}
         self.facts: list[dict[str, object]] = []

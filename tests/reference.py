@@ -42,7 +42,7 @@ def spread_columns(x_MN, width, alpha, generator, floor=1e-6):
     return out_MN / out_MN.norm()
 
 
-def merge(base, delta_K, softness=4.0, width=64, rounds=2, lam=1.0, seed=0):
+def merge(base, delta_K, softness=4.0, width=256, rounds=1, lam=1.0, seed=0):
     """The merged tensor. delta_K = weight_k * (source_k - base), stacked; width=None skips the frames."""
     x = rays(delta_K, softness)
     norms_K = delta_K.reshape(len(delta_K), -1).norm(dim=1)
@@ -55,12 +55,14 @@ def merge(base, delta_K, softness=4.0, width=64, rounds=2, lam=1.0, seed=0):
     if width and alpha > 0:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(rounds):
-            x = spread_columns(x, width, alpha, generator)
-            x = spread_columns(x.T, width, alpha, generator).T
+            if x.shape[1] <= x.shape[0]:
+                x = spread_columns(x, width, alpha, generator)
+            else:
+                x = spread_columns(x.T, width, alpha, generator).T
     x = x * norms_K.mean() / x.norm()
     displacement = float(norms_K.mean() / base.norm().clamp(min=1e-300))
     progress = float(((x * delta_K).flatten(1).sum(1) / norms_K.square().clamp(min=1e-300)).mean())
-    scale = min((0.45 * max(displacement, 1e-12) ** -0.3) ** alpha, longest)
+    scale = min((0.47 * (max(progress, 1e-3) / max(displacement, 1e-12)) ** 0.5) ** alpha, longest)
     if progress > 0:
         scale = min(scale, 1 / progress)
     return base + lam * scale * x

@@ -234,7 +234,7 @@ def test_rays_and_length_by_formula(tmp_path: Path) -> None:
         alpha = 1 - (total - 1).clamp(0, 1)
         hat = raw / raw.norm() * norms.mean()
         progress = ((deltas @ hat.flatten()) / norms.square()).mean()
-        law = (0.45 * (norms.mean() / x[name].norm()) ** -0.3) ** alpha
+        law = (0.47 * (progress * x[name].norm() / norms.mean()).sqrt()) ** alpha
         bound = 2 * raw.norm() / norms.mean()
         step = min(law, bound)
         step = 1 / progress if step * progress >= 1 else min((step / progress).sqrt(), bound)

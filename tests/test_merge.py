@@ -246,7 +246,7 @@ def test_yeam_parameters(tmp_path: Path, llama: Llama) -> None:
     check("lambda", expected(strength=strength), **on_base, parameters={"lambda": [0, 1]})
     assert torch.equal(tensors(tmp_path / "lambda")["lm_head.weight"], x["lm_head.weight"])
     spectral = merged(tmp_path / "spectral", "yeam", weights, **on_base, parameters={"frames": "spectral"})
-    assert not torch.allclose(spectral[UP], ours[UP], atol=1e-3)
+    assert torch.allclose(spectral[UP], ours[UP], atol=1e-3)  # a frame as wide as the side is the limit
     zeros = {n: torch.zeros_like(t) for n, t in x.items()}
     rays = {n: reference.merge(zeros[n], torch.stack([0.5 * y[n], z[n]])) for n in x}
     check("no base", rays)

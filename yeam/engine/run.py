@@ -186,9 +186,7 @@ def _device_tile(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint], device:
     """Elements of a tile on a device with memory of its own; jobs that do not fit there at all do not count."""
     room = CUDA_SHARE * free_bytes(device)
     tile = CUDA_TILE
-    while tile > LEAST_TILE and any(
-        room - device_bytes(job, checkpoints, tile) < job.resident < room for job in jobs
-    ):
+    while tile > LEAST_TILE and any(room - device_bytes(job, checkpoints, tile) < job.resident < room for job in jobs):
         tile //= 2
     return tile
 
@@ -311,9 +309,7 @@ class _Crew:
         self._downloads.done(job)
         self._behind.done(job)
 
-    def _computed(
-        self, job: Job, lane: Lane, blame: Callable[[int, int], YeamError]
-    ) -> tuple[str, dict[str, Any]]:
+    def _computed(self, job: Job, lane: Lane, blame: Callable[[int, int], YeamError]) -> tuple[str, dict[str, Any]]:
         """The checksum and the facts of a tensor that a method makes."""
         inputs = JobInputs(job, self._checkpoints, lane, totals=self._totals)
         sink = _Sink(job, lane, self._output, self._plan.allow_nan, blame)

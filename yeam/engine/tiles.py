@@ -118,6 +118,8 @@ class JobInputs:
         self.has_base = self._own.base is not None
         self.device = lane.stage.device
         self.dtype = DTYPES[job.work].torch
+        stored = [checkpoints[source.model].tensors[source.tensor].storage for source in self._own.sources]
+        self.rounding = tuple(dtype.rounding for dtype in stored)
         self.exact = job.exact or DTYPES[job.work].itemsize < 4
         self.facts: list[dict[str, Any]] = []
         self.companions: dict[str, JobInputs] = {}

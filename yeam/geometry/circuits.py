@@ -236,7 +236,7 @@ def score_length(moments: Moments, *, alpha: float, progress: float) -> float:
 
     Scores pass through a softmax, which forgives interference: measured, their updates may be followed further.
     """
-    scale = step_length(moments, alpha=alpha, progress=0.0)
+    scale = step_length(moments, alpha=alpha, progress=progress)
     if progress <= 0:
         return scale
     if scale * progress >= 1:

@@ -1,12 +1,13 @@
-"""Frames: spreading a merged update evenly over the axes of its input and output space, a few dozen axes at a time.
+"""Frames: spreading a merged update evenly over the axes of the shorter side of its matrix, a few dozen axes at a time.
 
 Legend: M rows, N columns, F frames, w axes in a frame, R rows of a band.
 
 Merging several updates concentrates energy in a few directions, and that is where merged models break. A frame is a set J of w
-columns chosen by a seeded permutation; its Gram matrix C = X_JᵀX_J over all rows is flattened by X_J ← X_J · C^(−α/2).
-The same is done to the rows, and both are repeated with new permutations. With width and rounds growing the result
-tends to the polar factor of X (a flat spectrum: Iso-C, Marczak et al. 2025; Muon); with frames of 64 it costs about 1,000
-operations a weight instead of a decomposition. Block-Jacobi methods and butterfly factorisations are its relatives.
+axes of the shorter side chosen by a seeded permutation; its Gram matrix C = X_JᵀX_J over the whole longer side is flattened by
+X_J ← X_J · C^(−α/2) (rows: C = X_J X_Jᵀ, from the left). That is repeated with new permutations. With one frame as wide as the side the
+result is U S^(1−α) Vᵀ, at α = 1 the polar factor of X (a flat spectrum: Iso-C, Marczak et al. 2025; Muon); frames of 64 cost a few hundred
+operations a weight instead of a decomposition. Flattening the longer side as well was measured to keep less of the sources, at twice
+the cost. Block-Jacobi methods and butterfly factorisations are relatives.
 """
 
 from __future__ import annotations
@@ -14,86 +15,97 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEAST_SHARE = 0.01
 FLOOR = 1e-6  # eigenvalues below this share of the matrix's largest are treated as this share
 _TILE = 1 << 18  # elements of a band of rows: gathered, multiplied and put back while in the cache
 
 
-def spread_(x_MN: Tensor, *, alpha: float, width: int = 64, rounds: int = 2, seed: int = 0) -> Tensor:
-    """Equalise x_MN inside frames of `width` axes, in place, up to a scale that the caller sets afterwards.
+def spread_(
+    x_MN: Tensor, *, alpha: float, width: int = 256, rounds: int = 1, seed: int = 0, noise: float = 0.0
+) -> Tensor:
+    """Equalise x_MN inside frames of `width` axes of its shorter side (its columns where it is square), in place, up to a scale.
 
-    x_MN: [M, N], contiguous, float32 or float64, not all zero. alpha: 0 leaves it alone, 1 flattens every frame.
-    rounds: how often columns and rows are regrouped. seed: of the permutations, drawn on the CPU so that every device sees the same ones.
-    Returns x_MN. Memory beyond x_MN: about 3 · (M + N) · width elements.
-
-    A round is two passes over bands of rows. The first permutes the columns and gathers their Gram matrices, the second applies
-    their powers and gathers the Gram matrices of the rows; the powers of the rows are applied by the next round's first pass.
+    x_MN: [M, N], contiguous, float32 or float64, not all zero. The scale is for the caller to set afterwards. alpha: 0 leaves it alone,
+    1 flattens every frame. rounds: how often the axes are regrouped. seed: of the permutations, drawn on the CPU so that every device
+    sees the same ones. noise: the mean square that rounding has left in x_MN's elements; axes that hold little else are spread less.
+    Returns x_MN. Memory beyond x_MN: about 3 · min(M, N) · width elements and a band of rows.
     """
     if alpha == 0:
         return x_MN
     generator = torch.Generator().manual_seed(seed)
-    rows, columns = x_MN.shape
-    place_N = torch.arange(columns)  # column j of the original now stands at place_N[j]
-    bands = _bands(torch.arange(rows), width, x_MN)
-    pending: list[Tensor | None] = [None] * len(bands)
-    for _ in range(rounds):
-        order_N = torch.randperm(columns, generator=generator)
-        grams = _ColumnGrams(x_MN, width)
-        for band_R, power_Fww in zip(bands, pending):
-            tile_RN = _lead(x_MN.index_select(0, band_R), power_Fww, place_N[order_N])
-            grams.add(tile_RN)
-            _put_rows(x_MN, band_R, tile_RN)
-        place_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(columns))
-        powers = _powers(grams.grams, alpha)
-        bands = _bands(torch.randperm(rows, generator=generator), width, x_MN)
-        row_grams = []
-        for band_R in bands:
-            tile_RN = grams.apply_(x_MN.index_select(0, band_R), powers)
-            frame_FwN = _row_frames(tile_RN, width)
-            row_grams.append(torch.bmm(frame_FwN, frame_FwN.mT))
-            _put_rows(x_MN, band_R, tile_RN)
-        pending = [*_powers(row_grams, alpha)]
-    for band_R, power_Fww in zip(bands, pending):
-        _put_rows(x_MN, band_R, _lead(x_MN.index_select(0, band_R), power_Fww, place_N))
+    if x_MN.shape[1] <= x_MN.shape[0]:
+        _spread_columns_(x_MN, alpha, width, rounds, generator, noise * x_MN.shape[0])
+    else:
+        _spread_rows_(x_MN, alpha, width, rounds, generator, noise * x_MN.shape[1])
     return x_MN
 
 
-def spread_spectral_(x_MN: Tensor, *, alpha: float) -> Tensor:
+def _spread_columns_(
+    x_MN: Tensor, alpha: float, width: int, rounds: int, generator: torch.Generator, noise: float
+) -> None:
+    """Every round is a pass over bands of rows, which applies the powers of the round before and leaves the columns in a new order."""
+    columns = x_MN.shape[1]
+    place_N = torch.arange(columns)  # column j of the original now stands at place_N[j]
+    bands = torch.split(x_MN, max(1, _TILE // columns))
+    before: tuple[_ColumnGrams, list[Tensor]] | None = None
+    for number in range(rounds + 1):
+        last = number == rounds
+        order_N = torch.arange(columns) if last else torch.randperm(columns, generator=generator)
+        here_N = place_N[order_N].to(x_MN.device)
+        grams = _ColumnGrams(x_MN, width)
+        for band_RN in bands:
+            if before is not None:
+                before[0].apply_(band_RN, before[1])
+            tile_RN = band_RN.index_select(1, here_N)
+            if not last:
+                grams.add(tile_RN)
+            band_RN.copy_(tile_RN)
+        place_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(columns))
+        before = None if last else (grams, _powers(grams.grams, alpha, 0.0 if number else noise))
+
+
+def _spread_rows_(
+    x_MN: Tensor, alpha: float, width: int, rounds: int, generator: torch.Generator, noise: float
+) -> None:
+    """Every round gathers the frames' rows twice: for their Gram matrices, and to apply the powers."""
+    rows, columns = x_MN.shape
+    for number in range(rounds):
+        order_M = torch.randperm(rows, generator=generator).to(x_MN.device)
+        whole = rows // width * width
+        frames = max(1, _TILE // (columns * width))
+        bands = list(torch.split(order_M[:whole], frames * width)) if whole else []
+        if whole < rows:  # one last, narrower frame
+            bands.append(order_M[whole:])
+        grams = []
+        for band_R in bands:
+            frame_FwN = _row_frames(x_MN.index_select(0, band_R), width)
+            grams.append(torch.bmm(frame_FwN, frame_FwN.mT))
+        for band_R, power_Fww in zip(bands, _powers(grams, alpha, 0.0 if number else noise)):
+            frame_FwN = _row_frames(x_MN.index_select(0, band_R), width)
+            _put_rows(x_MN, band_R, torch.bmm(power_Fww, frame_FwN).view(-1, columns))
+
+
+def spread_spectral_(x_MN: Tensor, *, alpha: float, noise: float = 0.0) -> Tensor:
     """The limit of one frame as wide as the matrix: X = U S Vᵀ ← U S^(1−α) Vᵀ, in place, up to a scale.
 
-    x_MN: [M, N], float32 or float64, not all zero. Computed from the Gram matrix of the shorter side and its eigenvectors, with
-    the same floor as the frames. Memory beyond x_MN: about 3 · min(M, N)² elements.
+    x_MN: [M, N], float32 or float64, not all zero. noise: as of `spread_`. Computed from the Gram matrix of the shorter side and
+    its eigenvectors, with the same floor as the frames. Memory beyond x_MN: about 3 · min(M, N)² elements.
     """
     if alpha == 0:
         return x_MN
     rows, columns = x_MN.shape
     if rows < columns:
-        return x_MN.copy_(_powers([(x_MN @ x_MN.T)[None]], alpha)[0][0] @ x_MN)
-    power_NN = _powers([(x_MN.T @ x_MN)[None]], alpha)[0][0]
+        return x_MN.copy_(_powers([(x_MN @ x_MN.T)[None]], alpha, noise * columns)[0][0] @ x_MN)
+    power_NN = _powers([(x_MN.T @ x_MN)[None]], alpha, noise * rows)[0][0]
     for tile_RN in torch.split(x_MN, max(1, _TILE // columns)):
         tile_RN.copy_(tile_RN @ power_NN)
     return x_MN
-
-
-def _bands(order_M: Tensor, width: int, x_MN: Tensor) -> list[Tensor]:
-    """The order cut into bands of whole frames of `width` rows, and one last, narrower frame where rows are left over."""
-    order_M = order_M.to(x_MN.device)
-    whole = len(order_M) // width * width
-    frames = max(1, _TILE // (x_MN.shape[1] * width))
-    bands = list(torch.split(order_M[:whole], frames * width)) if whole else []
-    return [*bands, order_M[whole:]] if whole < len(order_M) else bands
 
 
 def _row_frames(tile_RN: Tensor, width: int) -> Tensor:
     """[R, N] as [F, w, N]: the frames of a band, a single one where it is the leftover."""
     rows, columns = tile_RN.shape
     return tile_RN.view(-1, width if rows % width == 0 else rows, columns)
-
-
-def _lead(tile_RN: Tensor, power_Fww: Tensor | None, order_N: Tensor) -> Tensor:
-    """A band with its rows' powers applied and its columns in the given order."""
-    if power_Fww is not None:
-        tile_RN = torch.bmm(power_Fww, _row_frames(tile_RN, power_Fww.shape[-1])).view(tile_RN.shape)
-    return tile_RN.index_select(1, order_N.to(tile_RN.device))
 
 
 def _put_rows(x_MN: Tensor, band_R: Tensor, tile_RN: Tensor) -> None:
@@ -131,11 +143,17 @@ class _ColumnGrams:
         return tile_RN
 
 
-def _powers(grams: list[Tensor], alpha: float) -> list[Tensor]:
-    """C^(−α/2) of all frames, with one floor for all of them."""
+def _powers(grams: list[Tensor], alpha: float, noise: float = 0.0) -> list[Tensor]:
+    """C^(−α/2) of all frames, with one floor for all of them.
+
+    noise: the eigenvalue that rounding alone would have. An axis is given the share of its energy that is more than that (a Wiener
+    filter), at least a hundredth, so that an update of rounding alone is still one.
+    """
     eigen = [torch.linalg.eigh(gram_Fww) for gram_Fww in grams]
     least = FLOOR * max(float(values_Fw.max()) for values_Fw, _ in eigen)
-    return [
-        (vectors_Fww * values_Fw.clamp(min=least).pow(-alpha / 2)[:, None, :]) @ vectors_Fww.mT
-        for values_Fw, vectors_Fww in eigen
-    ]
+
+    def power(values_Fw: Tensor) -> Tensor:
+        values_Fw = values_Fw.clamp(min=least)
+        return ((1 - noise / values_Fw).clamp(min=LEAST_SHARE) / values_Fw).pow(alpha / 2)
+
+    return [(vectors_Fww * power(values_Fw)[:, None, :]) @ vectors_Fww.mT for values_Fw, vectors_Fww in eigen]

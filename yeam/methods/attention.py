@@ -25,7 +25,7 @@ from yeam.methods.attention_circuits import (
 from yeam.methods.attention_parts import WEIGHTS, Circuit, Parts, blocks, index_of
 from yeam.methods.inputs import Inputs
 from yeam.methods.registry import PerSource, Whole, merge_method
-from yeam.methods.yeam import Frames
+from yeam.methods.yeam import ROUNDS, Frames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def attention_circuit(
     heads: Heads = "resolve",
     strength: float = 1.0,
     softness: Annotated[float, Gt(0)] = 4.0,
-    frames: Frames = 64,
+    frames: Frames = 256,
     rounds: Annotated[int, Ge(1)] | None = None,
     seed: int = 0,
 ) -> Iterator[Tensor]:
@@ -77,7 +77,7 @@ def attention_circuit(
         if heads == "best":
             winners_G = winners(parts, weight)
         elif heads == "resolve":
-            update = resolved(parts, weight, strength, softness, frames, rounds or (4 if frames == 4 else 2), seed)
+            update = resolved(parts, weight, strength, softness, frames, rounds or ROUNDS.get(frames, 1), seed)
     except NotFinite:
         heads = "mean"
     if heads == "mean":

@@ -30,6 +30,7 @@ class _Wrapped:
         self.device = inputs.device
         self.dtype = inputs.dtype
         self.exact = inputs.exact
+        self.rounding = inputs.rounding
         self.companions = inputs.companions
         self._inputs = inputs
 

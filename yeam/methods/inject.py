@@ -19,7 +19,7 @@ from annotated_types import Ge, Gt
 
 from yeam.methods.inputs import Inputs
 from yeam.methods.registry import Whole, merge_method
-from yeam.methods.yeam import LEAST_SIDE, PANEL_ROWS, Frames
+from yeam.methods.yeam import LEAST_SIDE, PANEL_ROWS, ROUNDS, Frames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,7 @@ def inject(
     budget: Annotated[float, Ge(0)] = BUDGET,
     protect: Protect = "space",
     softness: Annotated[float, Gt(0)] = 4.0,
-    frames: Frames = 64,
+    frames: Frames = 256,
     rounds: Annotated[int, Ge(1)] | None = None,
     head_rows: Annotated[int, Ge(0)] = 0,
     head_columns: Annotated[int, Ge(0)] = 0,
@@ -116,7 +116,7 @@ def inject(
     target.
     A source that equals another one, or the target, is left out. Yields the output in tiles.
     """
-    how = _How(policy, strength, budget, protect, softness, frames, rounds or (4 if frames == 4 else 2), seed)
+    how = _How(policy, strength, budget, protect, softness, frames, rounds or ROUNDS.get(frames, 1), seed)
     kept = _distinct(inputs) if strength > 0 and budget > 0 else []
     if not kept:
         inputs.record(left_out=list(range(inputs.K - 1)), moved=0.0)

@@ -30,7 +30,8 @@ class Inputs(Protocol):
 
     name, role: of the output tensor. shape: of the tensor. K: number of sources. has_base: whether tiles carry the base. device and
     dtype: of the tiles (float32; float64 where an input is stored so; the storage dtype under `math: exact`). exact: whether every
-    operation is to round to that dtype in mergekit's order, as it always does in half precision. companions: further tensors
+    operation is to round to that dtype in mergekit's order, as it always does in half precision. rounding: for each source, the mean square
+    error that its storage dtype has left in it, as a share of its mean square (`DType.rounding`). companions: further tensors
     of the same sources and base that a plugin gave the job, by name.
     """
 
@@ -42,6 +43,7 @@ class Inputs(Protocol):
     device: torch.device
     dtype: torch.dtype
     exact: bool
+    rounding: tuple[float, ...]
 
     @property
     def companions(self) -> Mapping[str, Inputs]:

@@ -22,6 +22,8 @@ PANEL_ROWS = 16_384
 LEAST_SIDE = 8
 HELD_BYTES = 128 << 20  # without frames, points of a tensor up to this size are kept and not computed again
 
+ROUNDS: dict[int | str, int] = {4: 4, 16: 2, 64: 2}  # of regrouping; wider frames need one
+
 Frames = Literal[4, 16, 64, 256, "spectral", "none"]
 
 
@@ -62,7 +64,7 @@ def yeam(
     *,
     weight: PerSource[float] = (1.0,),
     softness: Annotated[float, Gt(0)] = 4.0,
-    frames: Frames = 64,
+    frames: Frames = 256,
     rounds: Annotated[int, Ge(1)] | None = None,
     lambda_: float = 1.0,
     seed: int = 0,
@@ -70,12 +72,12 @@ def yeam(
     """Rays in R⁴ resolved into one update, spread evenly over frames of axes, followed as far as the sources allow.
 
     weight: of each source's update. softness: μ of the rays' intersection. frames: width of the frames, `spectral` for the limit of a
-    single frame as wide as the matrix, `none` to skip them. rounds: of regrouping, 2 by default (4 for frames of 4).
+    single frame as wide as the matrix, `none` to skip them. rounds: of regrouping, 1 by default (frames of 16 and 64: 2, of 4: 4).
     lambda: strength, 1 by default and not meant to need tuning. seed: of the frames' permutations.
     Without a base model the base is the origin: the weights themselves are the updates, and frames are not used.
     Yields the output in tiles, float32 (float64 for float64 inputs).
     """
-    rounds = rounds or (4 if frames == 4 else 2)
+    rounds = rounds or ROUNDS.get(frames, 1)
     shapes = panels(inputs.shape) if frames != "none" and inputs.has_base and inputs.K > 1 else []
     if not shapes:
         yield from _stream(inputs, weight, softness, lambda_)
@@ -162,10 +164,12 @@ def _matrix(
         yield from _base(inputs, start, stop)
         return
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
+    rounding = sum(factor**2 * share for factor, share in zip(weight, inputs.rounding))
+    noise = rounding * moments.base_square / (rows * columns)
     if frames == "spectral":
-        spread_spectral_(point_MN, alpha=alpha)
+        spread_spectral_(point_MN, alpha=alpha, noise=noise)
     elif frames != "none":
-        spread_(point_MN, alpha=alpha, width=frames, rounds=rounds, seed=seed)
+        spread_(point_MN, alpha=alpha, width=frames, rounds=rounds, seed=seed, noise=noise)
     along = Along(inputs.K)
     for tile in inputs.tiles(start, stop):
         along.add(tile.sources_KT, tile.base_T, weight, flat_T[tile.start - start : tile.stop - start])
