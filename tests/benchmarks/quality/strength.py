@@ -1,0 +1,44 @@
+"""The best strength on one geometric grid that has no ends.
+
+The grid is the same for every rival: its default strength times 2^(i/4), all integers i. Recovery along a line from the base rises, then
+falls, so a climb from the default in steps of eight, four, two and one grid points finds the best point of the whole grid, and the
+optimum is inside by construction; where the curve has noise, a neighbour of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+STEPS_PER_DOUBLING = 4
+FURTHEST = 40  # grid points from the default: a factor of 1024
+
+
+def grid(default: float, i: int) -> float:
+    """The strength of grid point i."""
+    return float(default * 2.0 ** (i / STEPS_PER_DOUBLING))
+
+
+def climb(value: Callable[[int], float], start: int = 0, strides: tuple[int, ...] = (8, 4, 2, 1)) -> dict[int, float]:
+    """Grid points that were tried → their values; the best of them has worse ones on both sides of it, next to it."""
+    tried: dict[int, float] = {}
+
+    def at(i: int) -> float:
+        if i not in tried:
+            tried[i] = value(i)
+        return tried[i]
+
+    best = start
+    at(best)
+    for stride in strides:
+        while True:
+            around = [i for i in (best - stride, best + stride) if abs(i) <= FURTHEST]
+            top = max([best, *around], key=at)
+            if top == best:
+                break
+            best = top
+    return tried
+
+
+def best_of(tried: dict[int, float]) -> int:
+    """The best grid point, of equal ones the one nearest to the default."""
+    return max(tried, key=lambda i: (tried[i], -abs(i)))
