@@ -174,10 +174,11 @@ def _key(bench: Bench, cell: Cell, rival: Rival) -> dict[str, Any]:
 
 @cache
 def _code_of(method: str) -> str:
-    """A digest of the code that decides what a method makes: its module and the geometry."""
+    """A digest of the code that decides what a method makes: its module, and the geometry where it uses that."""
     folder = PACKAGE / "methods"
     module = next(f for f in sorted(folder.glob("*.py")) if f'@merge_method("{method}"' in f.read_text())
-    return code_digest(module, folder / "matrices.py", PACKAGE / "geometry")
+    geometry = [PACKAGE / "geometry"] if "yeam.geometry" in module.read_text() else []
+    return code_digest(module, folder / "matrices.py", *geometry)
 
 
 def _measured(bench: Bench, cell: Cell, rival: Rival) -> dict[str, Any]:
