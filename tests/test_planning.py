@@ -522,7 +522,7 @@ def test_plain_json_and_costs(llama: Llama) -> None:
         assert end - begin == job["end"] - job["begin"] == made.nbytes
         assert (header[job["name"]]["dtype"], header[job["name"]]["shape"]) == (job["dtype"], job["shape"])
         assert job["parameters"] == {
-            "frames": 64,
+            "frames": 256,
             "lambda_": 1,
             "rounds": None,
             "seed": 0,

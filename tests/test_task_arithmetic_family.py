@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import yeam
-from yeam.methods import Tile, choices, method_named, random_bits, row_ranks, selection, statistics
+from yeam.methods import Tile, choices, method_named, mixing, random_bits, row_ranks, selection, statistics
 from yeam.methods.random_bits import RandomBits, _TorchWords, stream_key
 from yeam.methods.selection import Cutter, largest
 
@@ -62,7 +62,7 @@ def merge(name: str, sources: Tensor, base: Tensor, tile: int = 1 << 18, tensor:
 
 @contextmanager
 def worked_through(way: str) -> Iterator[None]:
-    """In small blocks; or as on a device that is not the CPU, without numpy; or as usual."""
+    """In small blocks; or as on a device that is not the CPU, without numpy and compiled loops; or as usual."""
     with ExitStack() as patches:
         if way == "blocks":
             for module, name, value in (
@@ -73,6 +73,8 @@ def worked_through(way: str) -> Iterator[None]:
         if way == "device":
             for module in (statistics, random_bits, row_ranks, selection):
                 patches.enter_context(patch.object(module, "on_cpu", lambda device: False))
+            for module in (statistics, row_ranks, selection, mixing, choices):
+                patches.enter_context(patch.object(module, "is_compiled", lambda x: False))
         yield
 
 

@@ -192,9 +192,9 @@ class _Range:
 
     def _inside(self, key_T: Tensor) -> Tensor:
         """The parts of the keys that lie in the range."""
-        high = self._low + self._span
-        self._above += int((key_T >= high).sum())
-        return key_T[(key_T >= self._low) & (key_T < high)].sub_(self._low) >> self._shift
+        offset_T = key_T - self._low  # low + span may be one more than an int64 holds
+        self._above += int((offset_T >= self._span).sum())
+        return offset_T[(offset_T >= 0) & (offset_T < self._span)] >> self._shift
 
     def _compiled_count(self, key_T: Tensor) -> int:
         """The same, counted at once; returns how many lie above."""
