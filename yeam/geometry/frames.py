@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST_SHARE = 0.01
+LEAST_SHARE = 0.01  # of an axis that is taken to be more than rounding
 FLOOR = 1e-6  # eigenvalues below this share of the matrix's largest are treated as this share
 _TILE = 1 << 18  # elements of a band of rows: gathered, multiplied and put back while in the cache
 
