@@ -48,6 +48,17 @@ def test_eight_merges_in_a_row(llama, recipe, tmp_path):
     assert found[-1][2] - found[1][2] < 6 * 9 << 19, found  # six merges; the allocator keeps some of a thread's blocks
 
 
+def test_memory_is_the_merges_own(llama, recipe, tmp_path):
+    """A process may hold more than the merge is allowed to use: that much comes on top, and what the merge needs must still fit."""
+    path = recipe(llama("a"), llama("b"))
+    own = b"\1" * (768 << 20)
+    assert anonymous_bytes() > len(own)
+    yeam.merge(path, tmp_path / "out", memory="512M")
+    with pytest.raises(yeam.UserError, match="of the .* MiB allowed"):
+        yeam.merge(path, tmp_path / "none", memory="1MB")
+    assert not (tmp_path / "none").exists()
+
+
 def test_what_is_on_the_disk_before_out_is(llama, recipe, tmp_path, monkeypatch):
     """Power may fail at any time: every file and name of OUT is on the disk before the rename, and the rename before the merge ends."""
     path = recipe(llama("a"), llama("b"), shard_size=5000)

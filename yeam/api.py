@@ -59,26 +59,28 @@ def merge(
 ) -> MergeReport:
     """Merge models as the recipe says and write one Hugging Face folder.
 
-    config: path of a YAML file, or the recipe as a mapping; a list of mappings is a recipe of several stages. out: the folder to make;
-    the recipe's `output:` or `./<recipe name>` otherwise. device: `auto`, `cpu`, `cuda` or `cuda:N`. memory, shard_size: bytes or text
-    such as `4GiB`. overwrite: replace an existing model folder. resume: continue an interrupted run. allow_nan: merge inputs with NaN
-    or Inf. like: `mergekit` rounds as mergekit does (`math: exact`). overrides: `KEY=VALUE` changes to the recipe. keep_downloads:
-    leave in the Hub's cache what was downloaded. cache_budget: bytes or text; no more of Hub models is on disk at a time.
-    push_to_hub: `owner/name` on the Hub to push the result to, as `push` does; token and rights are checked before the merge.
-    private, revision: as in `push`. guard: text files on which the host, the recipe's base model or else its only model, may lose at
-    most guard_limit (0.005) of its loss; the merge's strength is taken back until that holds, down to the host itself. donor_text:
-    text on which the gain is told. durable: `out` appears when all of it is on the disk, so that a power loss leaves it whole or not
-    there. distributed: share the work among the processes that torchrun or accelerate has started (RANK, WORLD_SIZE, …), on one
-    machine or on several with a folder in common; each makes this same call, the bytes are those that one process makes, and `memory`
-    is for each. progress: called after every tensor.
+    config: path of a YAML file, or the recipe as a mapping; a list of mappings is a recipe of several stages. out: the folder to
+    make; the recipe's `output:` or `./<recipe name>` otherwise. device: `auto`, `cpu`, `cuda` or `cuda:N`. memory, shard_size: bytes
+    or text such as `4GiB`; what the calling process holds already is not counted as the merge's. overwrite: replace an existing model
+    folder. resume: continue an interrupted run. allow_nan: merge inputs with NaN or Inf. like: `mergekit` rounds as mergekit does
+    (`math: exact`). overrides: `KEY=VALUE` changes to the recipe. keep_downloads: leave in the Hub's cache what was downloaded.
+    cache_budget: bytes or text; no more of Hub models is on disk at a time. push_to_hub: `owner/name` on the Hub to push the result
+    to, as `push` does; token and rights are checked before the merge. private, revision: as in `push`. guard: text files on which the
+    host, the recipe's base model or else its only model, may lose at most guard_limit (0.005) of its loss; the merge's strength is
+    taken back until that holds, down to the host itself. donor_text: text on which the gain is told. durable: `out` appears when all
+    of it is on the disk, so that a power loss leaves it whole or not there. distributed: share the work among the processes that
+    torchrun or accelerate has started (RANK, WORLD_SIZE, …), on one machine or on several with a folder in common; each makes this
+    same call, the bytes are those that one process makes, and `memory` is for each. progress: called after every tensor.
     Returns the report that is also written as yeam_report.json. Raises UserError (ConfigError, CheckpointError, OutputError) for what
     can be fixed, YeamError for what broke; then no `out` appears, and the finished part waits in `out.partial`.
 
         >>> import yeam
         >>> yeam.merge("merge_configs/quickstart.yaml", "merged/quickstart")  # doctest: +SKIP
     """
+    from yeam.engine.memory import held_already
     from yeam.engine.ranks import joined
 
+    held = held_already()
     with joined(distributed) as ranks:
         loaded = _load(config, overrides, like)
         target = output_folder(loaded, out)
@@ -104,7 +106,7 @@ def merge(
                 from yeam.hub.target import check_target
 
                 place = check_target(push_to_hub, private=private, revision=revision)
-            settings = _Settings(target, device, memory, overwrite, resume, durable, progress, watch)
+            settings = _Settings(target, device, memory, held, overwrite, resume, durable, progress, watch)
             report = _carry_out(pipeline, loaded, settings, ranks)
     return report if place is None else _pushed(report, place)
 
@@ -154,11 +156,12 @@ def _pushed(report: MergeReport, target: Target) -> MergeReport:
 
 @dataclass(frozen=True)
 class _Settings:
-    """How a planned recipe is carried out; as in `merge`."""
+    """How a planned recipe is carried out; as in `merge`. held: bytes that the process held before."""
 
     target: Path
     device: str
     memory: int | str | None
+    held: int
     overwrite: bool
     resume: bool
     durable: bool
@@ -179,7 +182,8 @@ def _carry_out(pipeline: Pipeline, loaded: LoadedRecipe, settings: _Settings, ra
 
     plan, checkpoints, target = pipeline.plan, pipeline.result.members.checkpoints, settings.target
     chosen = choose_device(ranks.device(settings.device))
-    budget = default_budget(ranks.neighbours) if settings.memory is None else parse_size(settings.memory)
+    allowed = default_budget(ranks.neighbours) if settings.memory is None else parse_size(settings.memory)
+    budget = settings.held + allowed
     if isinstance(ranks, Ranks):
         ranks.agree(_facts(plan, target, chosen.type))
     options = {"resume": settings.resume, "overwrite": settings.overwrite, "durable": settings.durable}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 GIB = 1 << 30
+BARE = 256 << 20  # what a process that only merges holds before it starts: the interpreter, torch, numba
 
 
 def anonymous_bytes() -> int:
@@ -52,6 +53,11 @@ def _limits() -> Iterator[Path]:
 def default_budget(neighbours: int = 1) -> int:
     """A quarter of the machine's memory, shared by `neighbours` processes, at most 4 GiB."""
     return min(4 * GIB, physical_bytes() // (4 * neighbours))
+
+
+def held_already() -> int:
+    """What this process holds beyond the libraries a merge needs: in a pipeline its own data, in the command nothing."""
+    return max(0, anonymous_bytes() - BARE)
 
 
 def keep_freed_memory() -> None:
