@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from yeam.compiled import KINDS
 from yeam.methods import Tile
+from yeam.methods.inputs import StoredTile
 
 
 class HeldInputs:
-    """Inputs of one tensor that lie in memory, served in tiles of the given size."""
+    """Inputs of one tensor that lie in memory, served in tiles of the given size. stored: also as the compiled loops read them."""
 
     def __init__(
         self,
@@ -25,7 +28,9 @@ class HeldInputs:
         name: str = "model.weight",
         exact: bool = False,
         role: str = "other",
+        stored: bool = False,
     ) -> None:
+        self._stored = stored
         self.role = role
         self.name, self.shape, self.K, self.has_base = name, shape, len(sources_KT), base is not None
         self.device, self.dtype = sources_KT.device, sources_KT.dtype
@@ -41,6 +46,15 @@ class HeldInputs:
             end = min(begin + self._tile, stop)
             base_T = self._base.flatten()[begin:end].clone() if self._base is not None else None
             yield Tile(begin, end, self._sources_KT[: 0 if base_only else None, begin:end].clone(), base_T)
+
+    def stored_tiles(self, start: int = 0, stop: int | None = None) -> Iterator[StoredTile] | None:
+        return self._stored_tiles(start, stop) if self._stored else None
+
+    def _stored_tiles(self, start: int, stop: int | None) -> Iterator[StoredTile]:
+        for tile in self.tiles(start, stop):
+            rows_VT = torch.cat([tile.sources_KT, *([] if tile.base_T is None else [tile.base_T[None]])])
+            kind = KINDS[{torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[rows_VT.dtype]]
+            yield StoredTile(tile.start, tile.stop, rows_VT.view(torch.int16).numpy().view(np.uint16), kind)
 
     def hold(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype)

@@ -36,10 +36,16 @@ def merge(
 ) -> Tensor:
     """A registered method on tensors in memory, with its defaults unless told otherwise, as the engine runs it."""
     method = method_named(name)
-    inputs = HeldInputs(torch.stack(list(sources)), base, tuple(sources[0].shape), tile)
     values = {p.keyword: p.default for p in method.parameters.values()} | values
+
+    def made(stored: bool) -> Tensor:
+        inputs = HeldInputs(torch.stack(list(sources)), base, tuple(sources[0].shape), tile, stored=stored)
+        return torch.cat([part.clone() for part in method.run(inputs, values)]).view(sources[0].shape)
+
     with torch.inference_mode():
-        result = torch.cat([part.clone() for part in method.run(inputs, values)]).view(sources[0].shape)
+        result = made(stored=False)
+        if result.dtype == torch.float32:  # the compiled loops say the same
+            torch.testing.assert_close(made(stored=True), result, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert result.dtype == sources[0].dtype
     return result
 

@@ -56,7 +56,7 @@ def merge(name: str, sources: Tensor, base: Tensor, tile: int = 1 << 18, tensor:
             parameter.name, default[: len(sources)] if parameter.per_source else default
         )
     assert not values
-    inputs = HeldInputs(sources, base, tuple(base.shape), tile, tensor)
+    inputs = HeldInputs(sources, base, tuple(base.shape), tile, tensor, exact=True)  # as the formulas below round
     return torch.cat([part.clone() for part in method.run(inputs, full)]).view(base.shape)
 
 

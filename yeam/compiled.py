@@ -1,4 +1,5 @@
-"""Compiled loops (numba) and the tensors that they take: `yeam.geometry.kernels`, `yeam.methods.kernels`; torch serves all others.
+"""Compiled loops (numba) and the tensors that they take: `yeam.geometry.kernels`, `yeam.methods.kernels`,
+`yeam.stored`; torch serves all others.
 
 A loop is compiled when it is first called, some ten seconds for all of them, and kept for later processes beside the package or in the
 user's cache folder; where neither may be written, every process compiles for itself.
@@ -11,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+KINDS = {"BF16": 0, "F16": 1, "F32": 2}
+"""How the loops of `yeam.stored` know a storage type, by its name in a safetensors header."""
 
 
 def is_compiled(x: Tensor) -> bool:

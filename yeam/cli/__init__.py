@@ -5,9 +5,13 @@ from __future__ import annotations
 
 def main() -> None:
     """Entry point of the `yeam` script."""
+    import gc
+
     try:
         from yeam.cli.app import app
 
         app()
     except KeyboardInterrupt:  # before a command could take it
         raise SystemExit(130) from None
+    finally:
+        gc.freeze()  # at its end the interpreter would look through all objects for garbage, for half a second

@@ -36,7 +36,7 @@ from yeam.engine.tiles import JobInputs, Lane, tile_bytes, tile_step
 from yeam.engine.together import RankOutput, opened, run_together
 from yeam.engine.totals import Totals
 from yeam.methods import method_named
-from yeam.methods.inputs import Tile
+from yeam.methods.inputs import StoredTile, Tile
 from yeam.planning.jobs import Job, Plan, index_json
 from yeam.planning.stages import Pipeline, StageCheckpoint
 
@@ -133,6 +133,9 @@ class _Range(JobInputs):
 
     def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
         yield from super().tiles(*self._range, base_only=base_only)
+
+    def stored_tiles(self, start: int = 0, stop: int | None = None) -> Iterator[StoredTile] | None:
+        return super().stored_tiles(*self._range)
 
 
 def attach(pipeline: Pipeline) -> None:

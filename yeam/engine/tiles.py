@@ -5,25 +5,30 @@ Legend: K sources, T elements of a tile.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.dtypes import DTYPES
+from yeam.compiled import KINDS
 from yeam.engine.stage import Stage, Wait
-from yeam.methods.inputs import Inputs, Tile
+from yeam.methods.inputs import Inputs, StoredTile, Tile
 from yeam.planning.jobs import Companion, Input, Job
 
 if TYPE_CHECKING:
     from yeam.engine.totals import Totals
 
+BYTES = 64  # every input's part of a read buffer begins at a multiple of these
 ALIGN = 64  # elements: a multiple of four, so that blocks of four never straddle two tiles
 AHEAD = 2  # tiles read before they are asked for, where a lane has a reading thread
 
@@ -142,51 +147,98 @@ class JobInputs:
         return self._lane.work(("held", self._key), shape, self.dtype)
 
     def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
-        stop = math.prod(self.shape) if stop is None else stop
         base = (self._own.base,) if self._own.base is not None else ()
         inputs = base if base_only else (*self._own.sources, *base)
+        with contextlib.closing(self._parts(inputs, start, stop)) as parts:
+            for part in parts:
+                T = part.stop - part.start
+                sources_KT = self._lane.work(("sources", self._key), (len(inputs) - self.has_base, T), self.dtype)
+                base_T = self._lane.work(("base", self._key), (T,), self.dtype) if self.has_base else None
+                targets = [*sources_KT.unbind(0), *([base_T] if base_T is not None else [])]
+                part.waits += [self._lane.stage.upload(raw_T, out_T) for raw_T, out_T in zip(part.raw, targets)]
+                yield Tile(part.start, part.stop, sources_KT, base_T)
+
+    def stored_tiles(self, start: int = 0, stop: int | None = None) -> Iterator[StoredTile] | None:
+        kind = self._kind
+        return None if kind is None else self._stored(kind, start, stop)
+
+    @property
+    def _kind(self) -> int | None:
+        """Of `yeam.stored`, where all inputs are of one that its loops know, and the loops are wanted."""
+        if self.device.type != "cpu" or self.exact or self.dtype != torch.float32:
+            return None
+        found = {self._checkpoints[source.model].tensors[source.tensor].dtype for source in self._own.inputs}
+        return KINDS.get(found.pop()) if len(found) == 1 else None
+
+    def _stored(self, kind: int, start: int, stop: int | None) -> Iterator[StoredTile]:
+        inputs = self._own.inputs
+        itemsize = self._itemsize(inputs[0])
+        with contextlib.closing(self._parts(inputs, start, stop)) as parts:
+            for part in parts:
+                for raw_T, place in zip(part.raw, part.places):
+                    if raw_T.data_ptr() != place.data_ptr():  # computed, and not into the buffer
+                        place[: raw_T.numel() * itemsize].view(raw_T.dtype).copy_(raw_T)
+                word_VS = part.block.numpy().view(np.uint16).reshape(len(inputs), -1)
+                yield StoredTile(part.start, part.stop, word_VS, kind)
+
+    def _parts(self, inputs: tuple[Input, ...], start: int, stop: int | None) -> Generator[_Part, None, None]:
+        """Tiles as they are read, ahead where the lane has a thread for that; the buffers of one that was served are used again after
+        its `waits`."""
+        stop = math.prod(self.shape) if stop is None else stop
         lane = self._lane
-        waiting: deque[tuple[int, int, Future[list[Tensor]], int]] = deque()
+        waiting: deque[tuple[Future[_Part], int]] = deque()
         busy: dict[int, list[Wait]] = {}
-        ranges = ((at, min(at + self._step, stop)) for at in range(start, stop, self._step))
         slot = 0
         try:
-            for begin, end in ranges:
+            for begin in range(start, stop, self._step):
                 for wait in busy.pop(slot, []):
                     wait()
-                waiting.append((begin, end, lane.reader.submit(self._read, inputs, begin, end, slot), slot))
+                end = min(begin + self._step, stop)
+                waiting.append((lane.reader.submit(self._read, inputs, begin, end, slot), slot))
                 slot = (slot + 1) % (lane.ahead + 1)
                 if len(waiting) > lane.ahead:
-                    yield self._serve(*waiting.popleft(), busy)
+                    yield self._served(*waiting.popleft(), busy)
             while waiting:
-                yield self._serve(*waiting.popleft(), busy)
+                yield self._served(*waiting.popleft(), busy)
         finally:
-            for _, _, future, _ in waiting:
+            for future, _ in waiting:
                 future.cancel() or future.exception()
             for waits in busy.values():
                 for wait in waits:
                     wait()
 
-    def _read(self, inputs: tuple[Input, ...], begin: int, end: int, slot: int) -> list[Tensor]:
-        raw = []
-        for number, source in enumerate(inputs):
-            checkpoint = self._checkpoints[source.model]
-            itemsize = checkpoint.tensors[source.tensor].storage.itemsize
-            buffer = self._lane.buffer(("read", self._key, slot, number), (end - begin) * itemsize)
-            raw.append(checkpoint.read(source.tensor, begin, end, buffer))
-        return raw
+    def _read(self, inputs: tuple[Input, ...], begin: int, end: int, slot: int) -> _Part:
+        sizes = [-(-(end - begin) * self._itemsize(source) // BYTES) * BYTES for source in inputs]
+        block = self._lane.buffer(("read", self._key, slot), sum(sizes))
+        places = list(torch.split(block, sizes))
+        raw = [
+            self._checkpoints[source.model].read(source.tensor, begin, end, place)
+            for source, place in zip(inputs, places)
+        ]
+        return _Part(begin, end, block, places, raw, [])
 
-    def _serve(
-        self, begin: int, end: int, future: Future[list[Tensor]], slot: int, busy: dict[int, list[Wait]]
-    ) -> Tile:
+    def _served(self, future: Future[_Part], slot: int, busy: dict[int, list[Wait]]) -> _Part:
         if self._lane.stop.is_set():
             raise Cancelled
-        raw = future.result()
-        sources_KT = self._lane.work(("sources", self._key), (len(raw) - self.has_base, end - begin), self.dtype)
-        base_T = self._lane.work(("base", self._key), (end - begin,), self.dtype) if self.has_base else None
-        targets = [*sources_KT.unbind(0), *([base_T] if base_T is not None else [])]
-        busy[slot] = [self._lane.stage.upload(raw_T, out_T) for raw_T, out_T in zip(raw, targets)]
-        return Tile(begin, end, sources_KT, base_T)
+        part = future.result()
+        busy[slot] = part.waits
+        return part
+
+    def _itemsize(self, source: Input) -> int:
+        return self._checkpoints[source.model].tensors[source.tensor].storage.itemsize
+
+
+@dataclass
+class _Part:
+    """Elements [start, stop) of every input as read: `raw` [T] each in its storage type, usually at its place in the one block of
+    memory; whoever still reads from there after the next part is asked for adds to `waits`."""
+
+    start: int
+    stop: int
+    block: Tensor
+    places: list[Tensor]
+    raw: list[Tensor]
+    waits: list[Wait]
 
 
 def tile_step(job: Job | Companion, checkpoints: Sequence[Checkpoint], tile_elements: int) -> int:

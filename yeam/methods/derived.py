@@ -34,6 +34,9 @@ class _Wrapped:
         self.companions = inputs.companions
         self._inputs = inputs
 
+    def stored_tiles(self, start: int = 0, stop: int | None = None) -> None:
+        return None
+
     def hold(self, *shape: int) -> Tensor:
         return self._inputs.hold(*shape)
 

@@ -1,10 +1,10 @@
-"""The Gram matrix of one tensor's inputs: all that the methods on great circles need to know, from one pass over tiles.
+"""Inner products of one tensor's inputs and sums of them: all that the methods on great circles need, a pass over tiles each.
 
 Legend: K sources, V vectors (the sources, then the base where there is one), T elements of a tile.
 
 Any point that slerp, karcher, multislerp or model_stock can reach is Σ_k c_k v_k; lengths and angles of such points
 follow from the inner products ⟨v_k, v_l⟩, so the iterations run on V numbers and the tensors are read once more, to be
-summed. Products are taken in the working dtype (float32 at least) over blocks of 65,536 elements and added up in
+summed. Products are taken in the working dtype (float32 at least) over blocks of at most 65,536 elements and added up in
 float64. That leaves a relative error of about 1e-8 in a cosine, so a length below NOISE of what was added up says
 nothing.
 """
@@ -12,13 +12,13 @@ nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from yeam.methods.inputs import Inputs, Tile
+    from yeam.methods.inputs import Inputs, StoredTile, Tile
 
 BLOCK = 1 << 16
 NOISE = 1e-7
@@ -43,11 +43,7 @@ class Gram:
 
 def gram(inputs: Inputs) -> Gram:
     """Of the sources and the base as they are, in one pass."""
-    count = inputs.K + inputs.has_base
-    products = [[0.0] * count for _ in range(count)]
-    for tile in inputs.tiles():
-        _add(products, [*tile.sources_KT, *([] if tile.base_T is None else [tile.base_T])])
-    return Gram(products)
+    return _products(inputs, inputs.K + inputs.has_base, lambda tile: [*tile.sources_KT, *_base(tile)])
 
 
 def delta_gram(inputs: Inputs) -> Gram:
@@ -56,10 +52,79 @@ def delta_gram(inputs: Inputs) -> Gram:
     The differences are taken before the products: those of nearly equal models would be lost in a Gram matrix of the
     models.
     """
-    products = [[0.0] * inputs.K for _ in range(inputs.K)]
-    for tile in inputs.tiles():
-        _add(products, deltas(tile))
-    return Gram(products)
+    return _products(inputs, inputs.K, deltas)
+
+
+def _products(inputs: Inputs, count: int, vectors: Callable[[Tile], Sequence[Tensor] | Tensor]) -> Gram:
+    stored = inputs.stored_tiles()
+    if stored is None:
+        products = [[0.0] * count for _ in range(count)]
+        for tile in inputs.tiles():
+            _add(products, vectors(tile))
+        return Gram(products)
+
+    import numpy as np
+
+    from yeam.stored import add_products
+
+    lower = np.zeros((count, count))
+    for part in stored:
+        add_products(part.word_VS, part.kind, part.stop - part.start, count < len(part.word_VS), lower)
+    return Gram((lower + np.tril(lower, -1).T).tolist())
+
+
+def combined(inputs: Inputs, coefficients: Sequence[float]) -> Iterator[Tensor]:
+    """Σ_v c_v v in tiles [T], v being the sources and then the base where there is one."""
+    stored = inputs.stored_tiles()
+    if stored is None:
+        for tile in inputs.tiles():
+            vectors = [*tile.sources_KT, *_base(tile)]
+            result_T = vectors[0].mul_(coefficients[0])
+            for vector_T, coefficient in zip(vectors[1:], coefficients[1:]):
+                result_T.add_(vector_T, alpha=coefficient)
+            yield result_T
+        return
+
+    from yeam.stored import combine
+
+    yield from _summed(stored, combine, coefficients)
+
+
+def moved(inputs: Inputs, coefficients: Sequence[float]) -> Iterator[Tensor]:
+    """base + Σ_k c_k (x_k − base) in tiles [T]; Σ_k c_k x_k without a base."""
+    if not inputs.has_base:
+        yield from combined(inputs, coefficients)
+        return
+    stored = inputs.stored_tiles()
+    if stored is None:
+        for tile in inputs.tiles():
+            assert tile.base_T is not None
+            for delta_T, coefficient in zip(deltas(tile), coefficients):
+                tile.base_T.add_(delta_T, alpha=coefficient)
+            yield tile.base_T
+        return
+
+    from yeam.stored import move
+
+    yield from _summed(stored, move, coefficients)
+
+
+def _summed(stored: Iterator[StoredTile], loop: Callable[..., None], coefficients: Sequence[float]) -> Iterator[Tensor]:
+    import numpy as np
+    import torch
+
+    factors = np.array(coefficients, np.float32)
+    out_T = torch.empty(0)
+    for part in stored:
+        if len(out_T) < part.stop - part.start:
+            out_T = torch.empty(part.stop - part.start)
+        result_T = out_T[: part.stop - part.start]
+        loop(part.word_VS, part.kind, factors, result_T.numpy())
+        yield result_T
+
+
+def _base(tile: Tile) -> list[Tensor]:
+    return [] if tile.base_T is None else [tile.base_T]
 
 
 def deltas(tile: Tile) -> Tensor:
@@ -67,14 +132,6 @@ def deltas(tile: Tile) -> Tensor:
     if tile.base_T is not None:
         tile.sources_KT -= tile.base_T
     return tile.sources_KT
-
-
-def combination(x_KT: Tensor, coefficients: Sequence[float], add_T: Tensor | None = None) -> Tensor:
-    """Σ_k c_k x_k (+ add_T), in place of x_KT[0] or add_T."""
-    result_T, first = (x_KT[0].mul_(coefficients[0]), 1) if add_T is None else (add_T, 0)
-    for k in range(first, len(x_KT)):
-        result_T.add_(x_KT[k], alpha=coefficients[k])
-    return result_T
 
 
 def _add(products: list[list[float]], vectors: Sequence[Tensor] | Tensor) -> None:

@@ -1,6 +1,6 @@
 """What a method sees of one output tensor: tiles of the sources and of the base, read as often as it asks.
 
-Legend: K sources, T elements of a tile.
+Legend: K sources, T elements of a tile, V and S as in `yeam.stored`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -23,6 +24,17 @@ class Tile:
     stop: int
     sources_KT: Tensor
     base_T: Tensor | None
+
+
+@dataclass
+class StoredTile:
+    """Elements [start, stop) as they are stored: word_VS [V, S], uint16, V sources and then the base where there is one, for the loops
+    of `yeam.stored`; `kind` as there. The memory is used again for the next tile."""
+
+    start: int
+    stop: int
+    word_VS: np.ndarray[Any, Any]
+    kind: int
 
 
 class Inputs(Protocol):
@@ -54,6 +66,10 @@ class Inputs(Protocol):
 
         With `base_only` the sources are not read, and sources_KT has no rows.
         """
+
+    def stored_tiles(self, start: int = 0, stop: int | None = None) -> Iterator[StoredTile] | None:
+        """As `tiles`, not converted. None where the compiled loops do not reach: off the CPU, where operations are to round in another
+        dtype than float32 or in mergekit's order, and where the inputs are not all of one storage type that the loops know."""
 
     def hold(self, *shape: int) -> Tensor:
         """Uninitialised memory of that shape in the working dtype on the device, for the method's own use until the tensor is done.

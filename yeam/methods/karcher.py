@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge
 
 from yeam.methods.derived import joined
-from yeam.methods.gram import NOISE, Gram, combination, gram
+from yeam.methods.gram import NOISE, Gram, combined, gram
 from yeam.methods.inputs import Inputs, Tile
 from yeam.methods.registry import Whole, merge_method
 from yeam.methods.vectors import at_least_float32, vector_norm
@@ -45,9 +45,7 @@ def karcher(
     elif inputs.exact:
         yield from _Rounded(joined(inputs), tol).run(max_iter)
     else:
-        coefficients = _coefficients(gram(inputs), max_iter, tol)
-        for tile in inputs.tiles():
-            yield combination(tile.sources_KT, coefficients)
+        yield from combined(inputs, _coefficients(gram(inputs), max_iter, tol))
 
 
 def _coefficients(stats: Gram, max_iter: int, tol: float) -> list[float]:

@@ -10,12 +10,13 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from yeam.methods.derived import joined
-from yeam.methods.gram import delta_gram, deltas
+from yeam.methods.gram import delta_gram, deltas, moved
 from yeam.methods.inputs import Inputs, Tile
 from yeam.methods.registry import Whole, merge_method
 from yeam.methods.vectors import Vectors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 LEAST_LENGTHS = 1e-6  # the product of two norms is not taken to be smaller
@@ -43,9 +44,14 @@ def model_stock(inputs: Inputs, *, filter_wise: bool = False) -> Iterator[Tensor
 
     vectors = _vectors(inputs.shape, filter_wise)
     exact = inputs.exact
+    if not exact and not filter_wise:
+        t = float(_ratios(*_whole(inputs), torch.float64))
+        inputs.record(ratio=t)
+        yield from moved(inputs, [t / inputs.K] * inputs.K)
+        return
     inputs = joined(inputs) if exact else inputs
-    square_KV, dot_PV = _products(inputs, vectors) if exact or filter_wise else _whole(inputs)
-    ratio_V = _ratios(square_KV, dot_PV, inputs.dtype if exact else square_KV.dtype).to(inputs.dtype)
+    square_KV, dot_PV = _products(inputs, vectors)
+    ratio_V = _ratios(square_KV, dot_PV, inputs.dtype if exact else torch.float64).to(inputs.dtype)
     if vectors.count == 1:
         inputs.record(ratio=float(ratio_V))
     for tile in inputs.tiles():
@@ -86,7 +92,7 @@ def _products(inputs: Inputs, vectors: Vectors) -> tuple[Tensor, Tensor]:
     return square_KV, dot_PV
 
 
-def _ratios(square_KV: Tensor, dot_PV: Tensor, dtype: Any) -> Tensor:
+def _ratios(square_KV: Tensor, dot_PV: Tensor, dtype: torch.dtype) -> Tensor:
     """t of each vector [V], every operation in `dtype`."""
     import torch
 

@@ -13,7 +13,7 @@ from annotated_types import Ge
 
 from yeam.errors import ConfigError
 from yeam.methods.derived import joined
-from yeam.methods.gram import NOISE, combination, delta_gram, deltas
+from yeam.methods.gram import NOISE, delta_gram, deltas, moved
 from yeam.methods.inputs import Inputs
 from yeam.methods.registry import PerSource, Whole, merge_method
 from yeam.methods.vectors import at_least_float32, vector_norm
@@ -49,8 +49,7 @@ def multislerp(
         return
     share = [w / total for w in weight]
     coefficients = _coefficients(inputs, share, eps)
-    for tile in inputs.tiles():
-        yield combination(deltas(tile), coefficients, tile.base_T)
+    yield from moved(inputs, coefficients)
 
 
 def _coefficients(inputs: Inputs, share: list[float], eps: float) -> list[float]:
@@ -112,14 +111,14 @@ def _rounded(inputs: Inputs, weight: list[float], normalize: bool, eps: float) -
     def units(delta_KT: Tensor) -> Tensor:
         return delta_KT / divisor_K[:, None]
 
-    def moved(base_T: Tensor | None, result_T: Tensor) -> Tensor:
+    def onto(base_T: Tensor | None, result_T: Tensor) -> Tensor:
         return result_T if base_T is None else result_T + base_T
 
     length = norm(lambda delta_KT: weighted(units(delta_KT)))
     if float(length) < eps or float(length) == 0:
         _straight(inputs, weight)
         for tile in inputs.tiles():
-            yield moved(tile.base_T, weighted(deltas(tile)))
+            yield onto(tile.base_T, weighted(deltas(tile)))
         return
 
     def mean(unit_KT: Tensor) -> Tensor:
@@ -140,7 +139,7 @@ def _rounded(inputs: Inputs, weight: list[float], normalize: bool, eps: float) -
     for tile in inputs.tiles():
         unit_KT = units(deltas(tile))
         turned_T = mean(unit_KT) * torch.cos(step) + tangent(unit_KT) * ratio
-        yield moved(tile.base_T, turned_T * scale)
+        yield onto(tile.base_T, turned_T * scale)
 
 
 def _total(inputs: Inputs, terms: Callable[[Tensor], Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from yeam.methods.derived import joined
-from yeam.methods.gram import NOISE, combination, delta_gram, deltas
+from yeam.methods.gram import NOISE, delta_gram, deltas, moved
 from yeam.methods.inputs import Inputs, Tile
 from yeam.methods.registry import PerSource, Whole, merge_method
 from yeam.methods.slerp import arc
@@ -54,8 +54,7 @@ def nuslerp(
     elif nuslerp_flatten:
         cosine = delta_gram(inputs).cosine(0, 1, least=LEAST_NORM)
         shares = (1 - t, t) if 1 - cosine**2 <= NOISE else arc(cosine, t)
-        for tile in inputs.tiles():
-            yield combination(deltas(tile), shares, tile.base_T)
+        yield from moved(inputs, shares)
     else:
         yield from _by_vector(inputs, vectors, t)
 

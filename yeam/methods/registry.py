@@ -130,13 +130,13 @@ def merge_method(
     base: whether the method uses a base model; `unused` means that a base model donates config and tokenizer only.
     sources: how many, exactly or as (least, most). needs: None, a callable Inputs → statistics, or Whole.
     resident: for Whole methods, bytes kept in memory. exact: False for a method that is defined in float32 even under
-    `math: exact`. elementwise: True for a method without `needs` whose result for an element depends on that element alone; its
+    `math: exact`. elementwise: True for a method without statistics whose result for an element depends on that element alone; its
     results as intermediate stages then need no folder. settle: chooses and orders the sources at plan time, so that others are
     not read; raises ConfigError. check: refuses at plan time what the types of the parameters cannot. Raises YeamError when the
     name is taken by another function or when the signature cannot be a schema.
     """
-    if elementwise and needs is not None:
-        raise YeamError(f"method {name!r}: with `needs=` it is not elementwise", "leave out one of them")
+    if elementwise and needs not in (None, Whole):
+        raise YeamError(f"method {name!r}: with statistics it is not elementwise", "leave out one of them")
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         known = _METHODS.get(name)

@@ -6,13 +6,14 @@ Legend: K sources (here one), T elements of a tile.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Le
 
 from yeam.methods.derived import JOINED, joined
-from yeam.methods.gram import gram
-from yeam.methods.registry import merge_method
+from yeam.methods.gram import combined, gram
+from yeam.methods.registry import Whole, merge_method
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,19 +63,21 @@ def _rounded_arc(cosine: np.float32, t: float) -> tuple[float, float]:
     return float(np.sin(theta - part) / np.sin(theta)), float(np.sin(part) / np.sin(theta))
 
 
-@merge_method("slerp", base="required", sources=1, needs=_cosine)
-def slerp(
-    x_KT: Tensor, base_T: Tensor, exact: bool, stats: float | np.float32, *, t: Annotated[float, Ge(0), Le(1)]
-) -> Tensor:
+@merge_method("slerp", base="required", sources=1, needs=Whole)
+def slerp(inputs: Inputs, *, t: Annotated[float, Ge(0), Le(1)]) -> Iterator[Tensor]:
     """Spherical interpolation from the base (t = 0) to the other model (t = 1), each tensor a vector (Shoemake 1985).
 
-    x_KT: [1, T], base_T: [T]. Returns sin((1−t)θ)/sin θ · base + sin(tθ)/sin θ · x; where |cos θ| > 0.9995 the straight
-    line. Computed in float32 (float64 for float64 inputs, not under `math: exact`) and rounded once, as mergekit does.
+    Yields sin((1−t)θ)/sin θ · base + sin(tθ)/sin θ · x [T]; where |cos θ| > 0.9995 the straight line. Computed in float32
+    (float64 for float64 inputs, not under `math: exact`) and rounded once, as mergekit does.
     """
-    if abs(stats) > NEARLY_COLINEAR:
+    cosine = _cosine(inputs)
+    if abs(cosine) > NEARLY_COLINEAR:
         keep, take = 1 - t, t
     else:
-        keep, take = arc(stats, t) if isinstance(stats, float) else _rounded_arc(stats, t)
-    if exact:  # two products and a sum, none of them fused
-        return (base_T.float().mul_(keep) + x_KT[0].float().mul_(take)).to(base_T.dtype)
-    return base_T.mul_(keep).add_(x_KT[0], alpha=take)
+        keep, take = arc(cosine, t) if isinstance(cosine, float) else _rounded_arc(cosine, t)
+    if not inputs.exact:
+        yield from combined(inputs, (take, keep))
+        return
+    for tile in inputs.tiles():  # two products and a sum, none of them fused
+        assert tile.base_T is not None
+        yield (tile.base_T.float().mul_(keep) + tile.sources_KT[0].float().mul_(take)).to(inputs.dtype)

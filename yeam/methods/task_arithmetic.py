@@ -5,19 +5,21 @@ Legend: K sources, T elements of a tile.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from yeam.methods.mixing import Mix
-from yeam.methods.registry import PerSource, merge_method
+from yeam.methods.gram import deltas, moved
+from yeam.methods.inputs import Inputs
+from yeam.methods.mixing import LEAST_DIVISOR, Mix
+from yeam.methods.registry import PerSource, Whole, merge_method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merge_method("task_arithmetic", base="required", elementwise=True)
+@merge_method("task_arithmetic", base="required", needs=Whole, elementwise=True)
 def task_arithmetic(
-    x_KT: Tensor,
-    base_T: Tensor,
+    inputs: Inputs,
     *,
     weight: PerSource[float],
     density: PerSource[float] = (1.0,),
@@ -25,14 +27,19 @@ def task_arithmetic(
     rescale: bool = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-) -> Tensor:
+) -> Iterator[Tensor]:
     """Weighted sum of the models' updates from the base (Ilharco et al. 2023).
 
-    x_KT: [K, T], base_T: [T], both overwritten. Returns base + λ · Σ_k weight_k · (x_k − base) [T], the sum divided by
+    Yields base + λ · Σ_k weight_k · (x_k − base) [T], the sum divided by
     Σ_k weight_k when `normalize`. density, rescale and int8_mask are accepted for mergekit's sake and have no effect.
     """
-    mix = Mix(x_KT.dtype, x_KT.device, weight=weight, normalize=normalize, lambda_=lambda_, consensus=False)
-    for x_T in x_KT:
-        x_T -= base_T
-    mix.onto(base_T, x_KT)
-    return base_T
+    if not inputs.exact:
+        divisor = sum(weight) if normalize else 1.0
+        scale = lambda_ / (1.0 if abs(divisor) < LEAST_DIVISOR else divisor)
+        yield from moved(inputs, [scale * w for w in weight])
+        return
+    mix = Mix(inputs.dtype, inputs.device, weight=weight, normalize=normalize, lambda_=lambda_, consensus=False)
+    for tile in inputs.tiles():
+        assert tile.base_T is not None
+        mix.onto(tile.base_T, deltas(tile))
+        yield tile.base_T
