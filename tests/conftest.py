@@ -11,11 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # torch reads it when it is imported: workers do not fight for the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import forked
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")  # no test depends on how busy the machine is
 REPOSITORY = Path(__file__).parents[1]
 os.environ.pop("HF_HUB_OFFLINE", None)  # a server on this machine stands in for the Hub
 
@@ -125,19 +132,17 @@ def command(*words: object) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment for a child process that imports this checkout, on one thread."""
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+    """The environment for a child process that imports the package as the tests do, on one thread."""
+    path = os.pathsep.join(filter(None, [str(forked.PACKAGE), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
 @pytest.fixture
-def yeam_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def yeam_process(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """`yeam_process("merge", recipe, out)` runs the command line in a process of its own, in tmp_path."""
 
     def run(*words: object, **more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(*words), cwd=tmp_path, env=environment(**more), capture_output=True, text=True, timeout=300
-        )
+        return forked.begun(words, tmp_path, tmp_path_factory.mktemp("said"), **more).ended()
 
     return run
 

@@ -5,16 +5,23 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import yeam
+
 TESTS = Path(__file__).parent
+PACKAGE = Path(yeam.__file__).parents[
+    1
+]  # where child processes find what is tested: the checkout, or what pip installed
 PRELOAD = ("warm", "forked")
 
 Prepare = Callable[[], None]
@@ -28,8 +35,8 @@ def _context() -> ForkServerContext:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """Meanwhile, processes that start find this checkout and the tests, and torch logs only errors."""
-    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    """Meanwhile, processes that start find the package and the tests, and torch logs only errors."""
+    paths = [str(PACKAGE), str(TESTS), os.environ.get("PYTHONPATH", "")]
     changes = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
@@ -45,15 +52,46 @@ def forked(
     log: Path,
     prepare: Callable[..., None] | None = None,
     arguments: tuple[Any, ...] = (),
+    errors: Path | None = None,
     **env: str,
 ) -> BaseProcess:
-    """Start `yeam WORDS` in a process, with its output in `log`; `prepare(*arguments)`, of a module, runs in it before."""
+    """Start `yeam WORDS` in a process, with its output in `log`; `prepare(*arguments)`, of a module, runs in it before.
+
+    errors: where standard error goes, if not into `log` as well.
+    """
     context = _context()
     words = [str(word) for word in words]
-    process = context.Process(target=_main, args=(words, str(log), prepare, arguments, {"OMP_NUM_THREADS": "1", **env}))
+    files = str(log), str(errors or log)
+    process = context.Process(target=_main, args=(words, files, prepare, arguments, {"OMP_NUM_THREADS": "1", **env}))
     with _environment():
         process.start()
     return process
+
+
+@dataclass
+class Running:
+    """A process that `begun` started; its files are in `folder`."""
+
+    process: BaseProcess
+    folder: Path
+
+    def ended(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Wait for the end: exit status, standard output and standard error."""
+        self.process.join(timeout)
+        stdout, stderr = ((self.folder / name).read_text() for name in ("stdout", "stderr"))
+        assert self.process.exitcode is not None, (stdout, stderr)
+        return subprocess.CompletedProcess((), self.process.exitcode, stdout, stderr)
+
+
+def begun(words: Sequence[object], here: Path, folder: Path, **env: str) -> Running:
+    """Start `yeam WORDS` in the folder `here`, which is also where modules are looked for; its output goes to files in `folder`."""
+    out, errors = folder / "stdout", folder / "stderr"
+    return Running(forked(words, out, _enter, (str(here),), errors, **env), folder)
+
+
+def _enter(here: str) -> None:
+    os.chdir(here)
+    sys.path.insert(0, here)
 
 
 def called(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -77,11 +115,16 @@ def _call(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, 
 
 
 def _main(
-    words: list[str], log: str, prepare: Callable[..., None] | None, arguments: tuple[Any, ...], env: Mapping[str, str]
+    words: list[str],
+    files: tuple[str, str],
+    prepare: Callable[..., None] | None,
+    arguments: tuple[Any, ...],
+    env: Mapping[str, str],
 ) -> None:
     os.environ.update(env)
-    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
+    for stream, file in enumerate(files, 1):
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.ftruncate(fd, 0)
         os.dup2(fd, stream)
     if prepare is not None:
         prepare(*arguments)

@@ -102,8 +102,10 @@ class HubServer:
 def point_at(server: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path, token: str = "") -> None:
     """Let huggingface_hub in this process talk to the server, with an empty cache and without waiting between attempts."""
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+    monkeypatch.setattr(  # where releases before 1.0 keep a copy
+        "huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", files, raising=False
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no token"))

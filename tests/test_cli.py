@@ -56,9 +56,12 @@ def test_starting_is_cheap(words):
     assert ("Usage: " in done.stdout + done.stderr) == (words != ["--version"])
 
 
-def test_not_a_terminal(pair, yeam_process, tmp_path):
+def test_not_a_terminal(pair, tmp_path):
     """One line on stderr, without a bar or colours, whatever the environment says; nothing on stdout."""
-    done = yeam_process("merge", pair, tmp_path / "out", FORCE_COLOR="1", TTY_COMPATIBLE="1")
+    env = environment(FORCE_COLOR="1", TTY_COMPATIBLE="1")
+    done = subprocess.run(
+        command("merge", pair, tmp_path / "out"), env=env, capture_output=True, text=True, timeout=300
+    )
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr.startswith(f"{tmp_path / 'out'}: 21 tensors, ") and done.stderr.count("\n") == 1
     assert done.stderr.endswith(" s\n") and "\x1b" not in done.stderr

@@ -54,7 +54,7 @@ def test_memory_is_the_merges_own(llama, recipe, tmp_path):
     own = b"\1" * (768 << 20)
     assert anonymous_bytes() > len(own)
     yeam.merge(path, tmp_path / "out", memory="512M")
-    with pytest.raises(yeam.UserError, match="of the .* MiB allowed"):
+    with pytest.raises(yeam.UserError, match=r"of the .* MiB allowed"):
         yeam.merge(path, tmp_path / "none", memory="1MB")
     assert not (tmp_path / "none").exists()
 

@@ -13,9 +13,10 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import torch
-from conftest import command, environment, same_output, save_model, snapshot
+from conftest import same_output, save_model, snapshot
 from safetensors.torch import load_file
 
 import yeam
@@ -104,27 +105,23 @@ PATIENCE = 300  # seconds; the machine may be busy
 
 
 @pytest.fixture
-def slowly(tmp_path, llama, recipe) -> Callable[..., subprocess.Popen[str]]:
+def slowly(tmp_path, tmp_path_factory, llama, recipe) -> Callable[..., forked.Running]:
     """Starts `yeam merge` in a process that does `fast` tensors and then waits to be killed or interrupted."""
     (tmp_path / "slow_merge.py").write_text(SLOW)
     path = recipe(llama("a"), llama("b", shards=2), plugins=["slow_merge:slow"], shard_size=8000)
 
-    def start(out: Path, *options: str, fast: int = 1000) -> subprocess.Popen[str]:
+    def start(out: Path, *options: str, fast: int = 1000) -> forked.Running:
         (tmp_path / "wait").write_text(str(fast))
-        paths = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
-        return subprocess.Popen(
-            command("merge", path, out, *options), cwd=tmp_path, env=environment(PYTHONPATH=paths),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        return forked.begun(["merge", path, out, *options], tmp_path, tmp_path_factory.mktemp("said"))
 
     return start
 
 
-def await_entries(process: subprocess.Popen[str], out: Path, count: int) -> None:
+def await_entries(running: forked.Running, out: Path, count: int) -> None:
     """Wait until the journal holds `count` finished tensors."""
     deadline = time.monotonic() + PATIENCE
     while entries(out) < count:
-        assert process.poll() is None, process.communicate()
+        assert running.process.exitcode is None, running.ended()
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -136,20 +133,19 @@ def test_ctrl_c_and_a_second_process(slowly, recipe, refused, tmp_path):
     for options in ([], ["--no-resume"], ["--overwrite"]):
         other = recipe(tmp_path / "a", file="other.yaml")
         refused(["merge", other, out, *options], "another yeam process is writing", str(out))
-    assert first.poll() is None
-    first.send_signal(signal.SIGINT)
-    stdout, stderr = first.communicate(timeout=PATIENCE)
-    assert first.returncode == 130
-    assert stderr == "error: interrupted\n  run the same command again to continue\n"
-    assert json.loads(stdout)["status"] == 130
+    assert first.process.exitcode is None and first.process.pid is not None
+    os.kill(first.process.pid, signal.SIGINT)
+    done = first.ended()
+    assert done.returncode == 130
+    assert done.stderr == "error: interrupted\n  run the same command again to continue\n"
+    assert json.loads(done.stdout)["status"] == 130
     assert not out.exists()
     finished = entries(out)
     assert 1 <= finished < 21
 
-    again = slowly(out)
-    stdout, stderr = again.communicate(timeout=PATIENCE)
-    assert again.returncode == 0 and stdout == ""
-    assert f"21 tensors, {finished} of them kept" in stderr
+    again = slowly(out).ended()
+    assert again.returncode == 0 and again.stdout == ""
+    assert f"21 tensors, {finished} of them kept" in again.stderr
     assert out.is_dir() and not (tmp_path / "out.partial").exists()
 
 

@@ -74,7 +74,7 @@ def tensors(folder: str | Path) -> Tensors:
 
 
 def load(out: Path, auto: Any = tf.AutoModelForCausalLM) -> tf.PreTrainedModel:
-    model, info = auto.from_pretrained(out, output_loading_info=True)
+    model, info = auto.from_pretrained(out, dtype="auto", output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
 

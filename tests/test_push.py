@@ -33,7 +33,8 @@ SHARDS = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     server = HubServer(root=tmp_path / "hub").start()
     point_at(server, monkeypatch, tmp_path / "cache", token=server.token)
-    monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False)
+    for module in ("_commit_api", "hf_api"):  # from 1.0 on the first, before the second
+        monkeypatch.setattr(f"huggingface_hub.{module}.is_xet_available", lambda: False, raising=False)
     monkeypatch.chdir(tmp_path)
     yield server
     server.stop()

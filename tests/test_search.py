@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
 import transformers as tf
 import yaml
-from conftest import REPOSITORY, command, environment
+from conftest import REPOSITORY
 from typer.testing import CliRunner
 
 import yeam
@@ -115,32 +113,20 @@ def test_the_best_config_merges_to_what_was_reported(
 def test_kill_and_resume(config: Path, text: Path, tmp_path: Path) -> None:
     """A search that was killed in the middle of a trial goes on as if nothing had happened."""
     storage = tmp_path / "killed.db"
-    words = [
-        "search",
-        config,
-        "--text",
-        text,
-        "--trials",
-        500,
-        "--context",
-        64,
-        "--device",
-        "cpu",
-        "--storage",
-        storage,
-    ]
-    child = subprocess.Popen(command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    options = {"text": text, "trials": 500, "context": 64, "device": "cpu", "storage": storage}
+    words = ["search", config, *(word for name, value in options.items() for word in (f"--{name}", value))]
+    child = forked.forked(words, tmp_path / "log")
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (storage.exists() and _states(storage).count("done") >= 2 and "running" in _states(storage)):
-            assert child.poll() is None, child.stderr.read()
+            assert child.exitcode is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         with pytest.raises(OutputError, match="another search"):
             yeam.search(config, text, trials=2, storage=storage, **WINDOW)
     finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        child.kill()
+        child.join()
     states = _states(storage)
     assert states.count("running") == 1 and not (tmp_path / "open-best.yaml").exists()
     count = len(states) + 1
@@ -161,25 +147,14 @@ def _states(storage: Path) -> list[str]:
 
 def test_processes_share_the_trials(config: Path, text: Path, tmp_path: Path) -> None:
     """As `accelerate launch` starts them; CMA-ES makes them wait for each other's generations."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = command("search", config, "--text", text, "--trials", 10, "--sampler", "cmaes", "--context", 64, "--json")
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [
-        subprocess.Popen(
-            [*words, "--device", "cpu"],
-            env=environment(**common, RANK=str(n), LOCAL_RANK=str(n)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for n in range(2)
-    ]
-    said = [child.communicate(timeout=200) for child in children]
-    assert [child.returncode for child in children] == [0, 0], said
-    assert said[1][0] == ""
-    trials = json.loads(said[0][0])["trials"]
+    words = ["search", config, "--text", text, "--trials", 10, "--sampler", "cmaes", "--context", 64, "--json"]
+    children = forked.together([*words, "--device", "cpu"], 2, tmp_path / "log", LOCAL_WORLD_SIZE="2")
+    for child in children:
+        child.join(300)
+    first, second = ((tmp_path / f"log-{n}").read_text() for n in range(2))
+    assert [child.exitcode for child in children] == [0, 0], (first, second)
+    assert "{" not in second
+    trials = json.loads(next(line for line in first.splitlines() if line.startswith("{")))["trials"]
     assert [(t["number"], t["state"]) for t in trials] == [(n, "done") for n in range(10)]
     # whichever process carried them out, the proposals are those of one process
     alone = yeam.search(config, text, trials=10, sampler="cmaes", out=tmp_path / "alone.yaml", **WINDOW)

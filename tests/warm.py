@@ -2,6 +2,7 @@
 
 import torch.distributed
 import transformers
+from transformers.models.llama import modeling_llama
 
 import yeam.api
 import yeam.cli.app
@@ -12,4 +13,4 @@ import yeam.report.merge_report
 from yeam.methods import methods
 
 methods()
-__all__ = ["torch", "transformers", "yeam"]
+__all__ = ["modeling_llama", "torch", "transformers", "yeam"]

@@ -6,10 +6,11 @@ import json
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, Protocol
 
 import typer
 
@@ -19,6 +20,23 @@ from yeam.errors import YeamError
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages, errors excepted.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Model = Annotated[str, typer.Argument(help="A folder, a file or a Hub id, with +lora or @revision if need be.")]
+Config = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Bound on anonymous memory; a quarter of RAM, at most 4GiB, by default."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")]
+Resume = Annotated[bool, typer.Option(help="Continue an interrupted run, or start over.")]
+Context = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Tokens in a window; 2048 by default, or the model's positions if fewer."),
+]
+Batch = Annotated[int | None, typer.Option(metavar="N", help="Windows at a time; chosen by the device.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model's folder brings.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: `parameters.lambda=0.8`. May be repeated."),
@@ -42,6 +60,16 @@ Durable = Annotated[
 CacheBudget = Annotated[
     str | None, typer.Option(metavar="SIZE", help="No more than this of Hub models is on disk at a time, such as 20GB.")
 ]
+
+
+class Result(Protocol):
+    """What a command has found or made."""
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
 
 _INTERRUPTION = ("interrupted", "run the same command again to continue", 130)
 
@@ -116,3 +144,18 @@ def fail(message: str, remedy: str, status: int, as_json: bool) -> NoReturn:
 def print_json(data: Any) -> None:
     """One JSON object on stdout."""
     typer.echo(json.dumps(data, default=str))
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """What a user should know besides the result, on stderr."""
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+
+
+def text_wanted(result: Result, as_json: bool, quiet: bool) -> bool:
+    """Begin to tell a result, with its JSON or its notes; whether a text for people is still to follow."""
+    if as_json:
+        print_json(result.to_dict())
+    elif not quiet:
+        print_notes(result.notes)
+    return not as_json and not quiet

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from yeam.cli.common import Debug, Json, Quiet, handled, print_json
+from yeam.cli.common import Debug, Device, Json, Quiet, handled, text_wanted
 from yeam.cli.progress import bar
 
 
@@ -27,7 +27,7 @@ def compare(
             metavar="FILE", help="Heat maps of layers × roles: .png, .svg or .pdf, or .html for a page with tables."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="For the spectra; a quarter of RAM, at most 4GiB, by default.")
     ] = None,
@@ -52,11 +52,7 @@ def compare(
 
         for path in targets:
             write_target(path, title_of(found), lambda: render_comparison(found), lambda: pictures(found))
-        if as_json:
-            print_json(found.to_dict())
-        elif not quiet:
-            for note in found.notes:
-                typer.echo(f"note: {note}", err=True)
+        if text_wanted(found, as_json, quiet):
             typer.echo(to_text(found, each=tensors))
             for path in targets:
                 typer.echo(f"written: {path}", err=True)

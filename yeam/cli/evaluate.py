@@ -6,12 +6,23 @@ from typing import Annotated
 
 import typer
 
-from yeam.cli.common import Debug, Json, Quiet, handled, print_json
+from yeam.cli.common import (
+    Batch,
+    Context,
+    Debug,
+    Device,
+    Json,
+    Model,
+    Quiet,
+    TrustRemoteCode,
+    handled,
+    text_wanted,
+)
 from yeam.cli.progress import bar
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder, a file or a Hub id, with +lora or @revision if need be.")],
+    model: Model,
     text: Annotated[
         list[str], typer.Option("--text", metavar="FILE|DIR …", help="Text files, or folders of them; several at once.")
     ],
@@ -20,25 +31,20 @@ def evaluate(
         typer.Option("--against", metavar="REF …", help="Other models to compare with; several at once."),
     ] = None,
     stride: Annotated[int, typer.Option(metavar="N", help="Tokens scored in each window after the first.")] = 64,
-    context: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Tokens in a window; 2048 by default, or the model's positions if fewer."),
-    ] = None,
+    context: Context = None,
     wikitext2: Annotated[
         bool, typer.Option("--wikitext2", help="The text is wikitext-2's test split: its rows joined with blank lines.")
     ] = False,
-    batch: Annotated[int | None, typer.Option(metavar="N", help="Windows at a time; chosen by the device.")] = None,
+    batch: Batch = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE", help="Weights beyond this are read from the disk; 80 % of what is free by default."
         ),
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the model's folder brings.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     update_card: Annotated[
         bool, typer.Option("--update-card", help="Keep the result in the model's folder and show it in its card.")
     ] = False,
@@ -69,11 +75,7 @@ def evaluate(
                 update_card=update_card,
                 progress=listener,
             )
-        if as_json:
-            print_json(found.to_dict())
-        elif not quiet:
+        if text_wanted(found, as_json, quiet):
             from yeam.evaluation.results import to_text
 
-            for note in found.notes:
-                typer.echo(f"note: {note}", err=True)
             typer.echo(to_text(found))

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from yeam.cli.common import AllowNan, Debug, Durable, Json, Quiet, ShardSize, handled, print_json
-from yeam.cli.progress import bar
+from yeam.cli.common import (
+    AllowNan,
+    Debug,
+    Device,
+    Durable,
+    Json,
+    Memory,
+    Overwrite,
+    Quiet,
+    Resume,
+    ShardSize,
+    handled,
+    print_json,
+    print_notes,
+    text_wanted,
+)
+from yeam.cli.progress import bar, merging
 from yeam.engine.ranks_store import rank_here
 from yeam.errors import UserError
 from yeam.report.size import human_bytes
@@ -23,7 +37,10 @@ def inject(
     sources: Annotated[
         list[str], typer.Option(metavar="S1 S2 …", help="The models that knowledge is taken from.", show_default=False)
     ],
-    base: Annotated[str | None, typer.Option(help="The model that all were tuned from.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The model that all were tuned from; of another size or family: the sources only."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The folder to make; ./<target>-injected otherwise.")] = None,
     policy: Annotated[str, typer.Option(metavar="union|consensus|priority", help="What is taken.")] = "union",
     budget: Annotated[
@@ -47,14 +64,11 @@ def inject(
         list[Path] | None,
         typer.Option(metavar="TEXT", help="Take the strength back until the target predicts this text as well."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Bound on anonymous memory; a quarter of RAM, at most 4GiB, by default."),
-    ] = None,
+    device: Device = "auto",
+    memory: Memory = None,
     shard_size: ShardSize = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
-    resume: Annotated[bool, typer.Option(help="Continue an interrupted run, or start over.")] = True,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
     allow_nan: AllowNan = False,
     durable: Durable = True,
     as_json: Json = False,
@@ -66,7 +80,6 @@ def inject(
     Example: yeam inject --target code --sources names prose --base base --out code-injected
     """
     import yeam
-    from yeam.cli.merge import _progress
     from yeam.injection import inject_recipe
 
     with handled(debug, as_json):
@@ -83,7 +96,7 @@ def inject(
         options = {name: value for name, value in options.items() if value is not None}
         with (
             bar(quiet or as_json or not distill, "fitting strengths", of_bytes=False) as fitting,
-            _progress(quiet or as_json) as listener,
+            merging(quiet or as_json) as listener,
         ):
             report = yeam.inject(
                 target,
@@ -103,13 +116,7 @@ def inject(
                 **options,
                 **shared,
             )
-        if rank_here() > 0:
-            return
-        if as_json:
-            print_json(report.to_dict())
-        elif not quiet:
-            for note in report.notes:
-                typer.echo(f"note: {note}", err=True)
+        if rank_here() == 0 and text_wanted(report, as_json, quiet):
             change = report.totals.get("relative_change") or 0.0
             typer.echo(
                 f"{report.out}: {report.totals['tensors']} tensors, {human_bytes(report.totals['bytes'])}, "
@@ -129,13 +136,15 @@ def _show(plan: Plan, as_json: bool, quiet: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console, touched = Console(), [row for row in rows if row["budget"] > 0]
+    if not touched:
+        print_notes(plan.notes)
+        return
     table = Table(title="the largest change of each tensor, relative to its norm")
     for heading in ("tensor", "role", "layer"):
         table.add_column(heading)
     for heading in ("budget", "strength"):
         table.add_column(heading, justify="right")
-    touched = [row for row in rows if row["budget"] > 0]
     for row in touched:
         layer = "" if row["layer"] is None else str(row["layer"])
         table.add_row(row["tensor"], row["role"], layer, f"{row['budget']:.4g}", f"{row['strength']:.4g}")
@@ -143,15 +152,10 @@ def _show(plan: Plan, as_json: bool, quiet: bool) -> None:
     console.print(
         f"{len(touched)} of {len(rows)} tensors are touched; the others are the target's bytes", highlight=False
     )
-    _notes(plan.notes)
+    print_notes(plan.notes)
 
 
 def _row(name: str, role: str, layer: int | None, method: str, values: Any) -> dict[str, Any]:
     injected = method == "inject"
     budget, strength = (values["budget"], values["strength"]) if injected else (0.0, 0.0)
     return {"tensor": name, "role": role, "layer": layer, "budget": budget, "strength": strength}
-
-
-def _notes(notes: Sequence[str]) -> None:
-    for note in notes:
-        typer.echo(f"note: {note}", err=True)

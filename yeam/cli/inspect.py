@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from yeam.cli.common import Debug, Json, Quiet, handled, print_json
+from yeam.cli.common import Debug, Json, Model, Quiet, handled, print_json
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A folder, a file or a Hub id, with +lora or @revision if need be.")],
+    model: Model,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from yeam.cli.common import (
     AllowNan,
     CacheBudget,
+    Config,
     Debug,
+    Device,
     Durable,
     Json,
     KeepDownloads,
     Like,
+    Memory,
     Overrides,
+    Overwrite,
     Private,
     Quiet,
+    Resume,
     Revision,
     ShardSize,
     handled,
-    print_json,
+    text_wanted,
 )
+from yeam.cli.progress import merging
 from yeam.engine.ranks_store import rank_here
 from yeam.report.size import human_bytes
 
-if TYPE_CHECKING:
-    from yeam.engine.run import Progress
-
 
 def merge(
-    config: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    config: Config,
     out: Annotated[
         Path | None, typer.Argument(help="The folder to make; the recipe's `output:` or ./<recipe name> otherwise.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Bound on anonymous memory; a quarter of RAM, at most 4GiB, by default."),
-    ] = None,
+    device: Device = "auto",
+    memory: Memory = None,
     shard_size: ShardSize = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
-    resume: Annotated[bool, typer.Option(help="Continue an interrupted run, or start over.")] = True,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
     allow_nan: AllowNan = False,
     like: Like = None,
     overrides: Overrides = None,
@@ -81,7 +78,7 @@ def merge(
     import yeam
 
     with handled(debug, as_json):
-        with _progress(quiet or as_json) as listener:
+        with merging(quiet or as_json) as listener:
             report = yeam.merge(
                 config,
                 out,
@@ -105,44 +102,10 @@ def merge(
                 distributed=True,
                 progress=listener,
             )
-        if rank_here() > 0:
-            return
-        if as_json:
-            print_json(report.to_dict())
-        elif not quiet:
-            for note in report.notes:
-                typer.echo(f"note: {note}", err=True)
+        if rank_here() == 0 and text_wanted(report, as_json, quiet):
             kept = f", {report.resumed} of them kept from the interrupted run" if report.resumed else ""
             typer.echo(
                 f"{report.out}: {report.totals['tensors']} tensors{kept}, {human_bytes(report.totals['bytes'])}, "
                 f"{report.seconds:.1f} s",
                 err=True,
             )
-
-
-@contextmanager
-def _progress(silent: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """A progress bar on stderr, none when that is not a terminal."""
-    if silent or rank_here() > 0 or not sys.stderr.isatty():  # rich would also believe variables such as FORCE_COLOR
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[tensors]}"),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("planning", total=None, tensors="")
-
-        def listener(event: Progress) -> None:
-            tensors = f"{event.tensors:,}/{event.total_tensors:,} tensors"
-            bar.update(task, description="merging", total=event.total_bytes, completed=event.nbytes, tensors=tensors)
-
-        yield listener

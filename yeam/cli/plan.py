@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from yeam.cli.common import AllowNan, Debug, Json, Like, Overrides, Quiet, ShardSize, handled, print_json
+from yeam.cli.common import AllowNan, Config, Debug, Json, Like, Overrides, Quiet, ShardSize, handled, print_json
 from yeam.report.size import human_bytes
 
 if TYPE_CHECKING:
@@ -17,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    config: Config,
     shard_size: ShardSize = None,
     allow_nan: AllowNan = False,
     like: Like = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from yeam.cli.common import Debug, Json, Private, Quiet, Revision, handled, print_json
+from yeam.cli.common import Debug, Json, Private, Quiet, Revision, handled, text_wanted
 from yeam.report.size import human_bytes
 
 
@@ -33,11 +33,7 @@ def push(
 
     with handled(debug, as_json):
         report = yeam.push(folder, repo, private=private, revision=revision, message=message)
-        if as_json:
-            print_json(report.to_dict())
-        elif not quiet:
-            for note in report.notes:
-                typer.echo(f"note: {note}", err=True)
+        if text_wanted(report, as_json, quiet):
             typer.echo(
                 f"{report.url}: {len(report.files)} files, {human_bytes(report.bytes)}, commit {report.commit[:12]}",
                 err=True,

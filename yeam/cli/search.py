@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from yeam.cli.common import Debug, Json, Overrides, Quiet, handled, print_json
+from yeam.cli.common import (
+    Batch,
+    Context,
+    Debug,
+    Device,
+    Json,
+    Overrides,
+    Quiet,
+    TrustRemoteCode,
+    handled,
+    text_wanted,
+)
 from yeam.cli.progress import bar
 
 
@@ -39,24 +50,19 @@ def search(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a best config that is not of this search.")
     ] = False,
-    context: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Tokens in a window; 2048 by default, or the model's positions if fewer."),
-    ] = None,
+    context: Context = None,
     stride: Annotated[
         int | None,
         typer.Option(metavar="N", help="Tokens scored in each window after the first; all of them by default."),
     ] = None,
-    batch: Annotated[int | None, typer.Option(metavar="N", help="Windows at a time; chosen by the device.")] = None,
+    batch: Batch = None,
     dtype: Annotated[str, typer.Option(help="Of the evaluation: auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="For merging, beside the candidate itself; as in `yeam merge`.")
     ] = None,
     overrides: Overrides = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the model's folder brings.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -93,15 +99,9 @@ def search(
                 trust_remote_code=trust_remote_code,
                 progress=listener,
             )
-        if rank_here() > 0:
-            return
-        if as_json:
-            print_json(found.to_dict())
-        elif not quiet:
+        if rank_here() == 0 and text_wanted(found, as_json, quiet):
             from yeam.searching.results import to_text
 
-            for note in found.notes:
-                typer.echo(f"note: {note}", err=True)
             typer.echo(to_text(found))
             for path in (found.out, found.plot):
                 if path is not None:

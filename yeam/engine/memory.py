@@ -13,18 +13,30 @@ BARE = 256 << 20  # what a process that only merges holds before it starts: the 
 
 def anonymous_bytes() -> int:
     """The anonymous memory of this process now (RssAnon), 0 where the system does not tell."""
+    return _told("/proc/self/status", "RssAnon:")
+
+
+def available_bytes() -> int:
+    """The memory that can be had without swapping (MemAvailable), all of the machine's where the system does not tell."""
+    return _told("/proc/meminfo", "MemAvailable:") or _machine_bytes()
+
+
+def _told(file: str, field: str) -> int:
+    """Bytes from a line such as `MemAvailable:  1234 kB`; 0 without it."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
+        lines = Path(file).read_text().splitlines()
     except OSError:
-        pass
-    return 0
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def physical_bytes() -> int:
     """The machine's memory, or what of it this process may use with its page cache (the limits of its control groups)."""
-    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = _machine_bytes()
     for path in _limits():
         try:
             found = min(found, int(path.read_text()))

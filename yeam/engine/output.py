@@ -55,7 +55,45 @@ class Destination(Protocol):
         """Where the tensor's bytes lie on the disk; None in memory."""
 
 
-class Output:
+class Filling:
+    """A plan's shards while tensors are written into them, and a journal of those that are finished, in OUT.partial."""
+
+    def __init__(self, plan: Plan, out: Path, *, durable: bool) -> None:
+        self.plan = plan
+        self.key = plan.hash()
+        self.partial = partial_path(out)
+        self.folder = self.partial / MODEL
+        self.finished: dict[str, Any] = {}
+        self._shards = Shards(plan, self.folder, durable=durable)
+        self._journal: Journal | None = None
+
+    def write(self, job: Job, offset: int, data: memoryview) -> None:
+        """Write bytes of a tensor at `offset` from its beginning. Safe from several threads. Raises OutputError."""
+        with explained(self.partial):
+            self._shards.write(job, offset, data)
+
+    def done(self, job: Job, checksum: str, facts: dict[str, Any]) -> None:
+        """Note in the journal that every byte of the tensor is written."""
+        assert self._journal is not None
+        entry: Entry = {"tensor": job.name, "xxh3": checksum, "facts": facts}
+        with explained(self.partial):
+            self._journal.append(entry)
+            self._shards.done(job)
+        self.finished[job.name] = entry
+
+    def place(self, job: Job) -> Extent | None:
+        """Where the tensor's bytes lie in the file that is being written."""
+        return self._shards.place(job)
+
+    def close(self) -> None:
+        """Release the files; OUT.partial stays for a rerun."""
+        self._shards.close()
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+
+class Output(Filling):
     """`OUT.partial` for one plan: opened, written in any order by several threads, then finished or left for a rerun.
 
     The journal's first line names the plan; each further line is a finished tensor with the checksum of its bytes
@@ -76,16 +114,10 @@ class Output:
         durable: bool = False,
         token: str = "",
     ) -> None:
-        self.plan = plan
+        super().__init__(plan, out, durable=durable)
         self.out = out
-        self.partial = partial_path(out)
-        self.folder = self.partial / MODEL
         self.overwrite = overwrite
-        self.key = plan.hash()
-        self.finished: dict[str, dict[str, Any]] = {}
         self._durable, self._token = durable, token
-        self._shards = Shards(plan, self.folder, durable=durable)
-        self._journal: Journal | None = None
         self._lock: IO[str] | None = None
         with explained(self.partial):
             self._open(resume)
@@ -201,24 +233,6 @@ class Output:
                 self._journal.append({"tile": tile})
         return self._journal.tile
 
-    def write(self, job: Job, offset: int, data: memoryview) -> None:
-        """Write bytes of a tensor at `offset` from its beginning. Safe from several threads. Raises OutputError."""
-        with explained(self.partial):
-            self._shards.write(job, offset, data)
-
-    def done(self, job: Job, checksum: str, facts: dict[str, Any]) -> None:
-        """Note in the journal that every byte of the tensor is written."""
-        assert self._journal is not None
-        entry = {"tensor": job.name, "xxh3": checksum, "facts": facts}
-        with explained(self.partial):
-            self._journal.append(entry)
-            self._shards.done(job)
-        self.finished[job.name] = entry
-
-    def place(self, job: Job) -> Extent | None:
-        """Where the tensor's bytes lie in the file that is being written."""
-        return self._shards.place(job)
-
     def gather(self, ranks: Sequence[int], *, suspicious: bool) -> None:
         """Take over what these ranks have finished. suspicious: look at all bytes again, because they come from other machines.
 
@@ -266,7 +280,7 @@ class Output:
             if self._durable:
                 self._shards.sync()
                 _sync_small_files(self.folder, {shard.file for shard in self.plan.shards})
-            self._close_files()
+            super().close()
             replaced = self.partial / REPLACED
             if os.path.lexists(self.out):
                 check_output_free(self.out, self.overwrite)
@@ -287,15 +301,9 @@ class Output:
                 self.partial.rmdir()
         self.close()
 
-    def _close_files(self) -> None:
-        self._shards.close()
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
-
     def close(self) -> None:
         """Release files and the lock; OUT.partial stays for a rerun unless it was published."""
-        self._close_files()
+        super().close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -21,7 +21,7 @@ from torch import Tensor
 from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.dtypes import DTYPES
 from yeam.compiled import KINDS
-from yeam.engine.stage import Stage, Wait
+from yeam.engine.stage import CpuStage, Stage, Wait
 from yeam.methods.inputs import Inputs, StoredTile, Tile
 from yeam.planning.jobs import Companion, Input, Job
 
@@ -165,7 +165,7 @@ class JobInputs:
     @property
     def _kind(self) -> int | None:
         """Of `yeam.stored`, where all inputs are of one that its loops know, and the loops are wanted."""
-        if self.device.type != "cpu" or self.exact or self.dtype != torch.float32:
+        if not isinstance(self._lane.stage, CpuStage) or self.exact or self.dtype != torch.float32:
             return None
         found = {self._checkpoints[source.model].tensors[source.tensor].dtype for source in self._own.inputs}
         return KINDS.get(found.pop()) if len(found) == 1 else None

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from yeam.checkpoint.base import Checkpoint, Extent
-from yeam.engine.journal import Entry, Journal
-from yeam.engine.output import LOCK, MODEL, RANK_JOURNAL, Output
+from yeam.checkpoint.base import Checkpoint
+from yeam.engine.journal import Journal
+from yeam.engine.output import LOCK, RANK_JOURNAL, Filling, Output
 from yeam.engine.ranks import Alone, Ranks
 from yeam.engine.run import Listener, Progress, run, tile_for
-from yeam.engine.shards import Shards
-from yeam.engine.target import explained, partial_path
+from yeam.engine.target import explained
 from yeam.errors import OutputError
 from yeam.planning.jobs import Job, Plan
 
@@ -24,19 +23,13 @@ CHUNKS = 32  # a rank: consecutive tensors go to one rank together, so that it r
 SEEING = 60.0  # seconds for a folder made on another machine to appear here: network file systems remember what was not there
 
 
-class RankOutput:
+class RankOutput(Filling):
     """What `Output` is for rank 0, for the others: the files that rank 0 has made, and a journal of its own."""
 
     def __init__(self, plan: Plan, out: Path, ranks: Ranks, *, durable: bool) -> None:
-        self.plan = plan
-        self.key = plan.hash()
-        self.partial = partial_path(out)
-        self.folder = self.partial / MODEL
-        self.finished: dict[str, Any] = {}
+        super().__init__(plan, out, durable=durable)
         self._ranks = ranks
         self._sync = durable or ranks.machines > 1
-        self._shards = Shards(plan, self.folder, durable=durable)
-        self._journal: Journal | None = None
         done = bytes.fromhex(ranks.hear(f"{self.key}/opened"))
         self.finished.update((job.name, None) for i, job in enumerate(plan.jobs) if done[i // 8] >> (i % 8) & 1)
         with explained(self.partial):
@@ -61,24 +54,6 @@ class RankOutput:
                 )
             time.sleep(0.5)
 
-    def write(self, job: Job, offset: int, data: memoryview) -> None:
-        """As `Output.write`."""
-        with explained(self.partial):
-            self._shards.write(job, offset, data)
-
-    def done(self, job: Job, checksum: str, facts: dict[str, Any]) -> None:
-        """As `Output.done`."""
-        assert self._journal is not None
-        entry: Entry = {"tensor": job.name, "xxh3": checksum, "facts": facts}
-        with explained(self.partial):
-            self._journal.append(entry)
-            self._shards.done(job)
-        self.finished[job.name] = entry
-
-    def place(self, job: Job) -> Extent | None:
-        """As `Output.place`."""
-        return self._shards.place(job)
-
     def hand_over(self) -> None:
         """Everything is written: let the disk or the server have it, for rank 0 to see. Raises OutputError."""
         with explained(self.partial):
@@ -87,13 +62,6 @@ class RankOutput:
             if self._journal is not None and self._sync:
                 self._journal.sync()
         self.close()
-
-    def close(self) -> None:
-        """Release the files."""
-        self._shards.close()
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yeam.checkpoint.folder import listed
+from yeam.engine.memory import available_bytes
 from yeam.errors import CheckpointError, UserError, YeamError
 from yeam.evaluation.folders import Source
 
@@ -100,7 +100,7 @@ def place(sources: Sequence[Source], dtype: str, device: str, memory: int | None
     chosen = choose_device(device)
     dtypes = [_dtype(dtype, source, chosen) for source in sources]
     sizes = [sum(info.numel for info in source.weights) * d.itemsize for source, d in zip(sources, dtypes)]
-    host = int(_free_host() * _SHARE)
+    host = int(available_bytes() * _SHARE)
     if memory is not None:
         room = memory
     elif chosen.type == "cuda":
@@ -140,16 +140,6 @@ def _dtype(name: str, source: Source, device: torch.device) -> torch.dtype:
     return stored if stored in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
 
 
-def _free_host() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def load(source: Source, placement: Placement, scratch: str, *, trust_remote_code: bool = False) -> Loaded:
     """The causal language model of a folder, in evaluation mode. `scratch`: a folder for weights that cannot be read in place.
 
@@ -160,6 +150,21 @@ def load(source: Source, placement: Placement, scratch: str, *, trust_remote_cod
     model, info = load_with_info(
         AutoModelForCausalLM, source.folder, source.label, placement, scratch, trust_remote_code=trust_remote_code
     )
+    return ready(source, model, info, placement, trust_remote_code)
+
+
+def ready(
+    source: Source,
+    model: Any,
+    info: Mapping[str, Any],
+    placement: Placement,
+    trust_remote_code: bool,
+    tokenizer: Any = None,
+) -> Loaded:
+    """What transformers has made of a source, with its tokenizer, which is read unless it is given.
+
+    info: names of weights that are missing or of another shape, as `from_pretrained` tells them; then raises CheckpointError.
+    """
     missing = [*info["missing_keys"], *(str(key[0]) for key in info.get("mismatched_keys") or ())]
     if missing:
         raise CheckpointError(
@@ -171,7 +176,7 @@ def load(source: Source, placement: Placement, scratch: str, *, trust_remote_cod
     return Loaded(
         source,
         model,
-        load_tokenizer(source, trust_remote_code),
+        load_tokenizer(source, trust_remote_code) if tokenizer is None else tokenizer,
         positions if isinstance(positions, int) and 0 < positions < _TOO_LONG else None,
         placement,
         next((k for k in ("logits_to_keep", "num_logits_to_keep") if k in _arguments(model)), None),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from yeam.checkpoint.folder import read_json
 from yeam.errors import OutputError, UserError
 from yeam.report.card import plain_text
+from yeam.report.files import write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -61,8 +62,8 @@ def update(folder: Path, evaluation: Evaluation) -> None:
     entry = _published(evaluation.to_dict())
     others = [known for known in stored(folder) if any(known.get(key) != entry[key] for key in _KIND)]
     entries = [*others, entry]
-    _write(folder / FILE, json.dumps({"evaluations": entries}, indent=1, ensure_ascii=False) + "\n")
-    _write(folder / "README.md", with_results(_card(folder), entries, folder.resolve().name))
+    write_text(folder / FILE, json.dumps({"evaluations": entries}, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "README.md", with_results(_card(folder), entries, folder.resolve().name))
 
 
 def _published(entry: dict[str, Any]) -> dict[str, Any]:
@@ -76,17 +77,6 @@ def leaf_name(label: str) -> str:
     """A model's label without the folders of an absolute path: those of its adapter too."""
     parts = [Path(part).name if part.startswith(("/", "~", "..")) else part for part in label.split("+")]
     return "+".join(parts)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}", "free some space, or check the folder's permissions"
-        ) from error
 
 
 def with_results(card: str, entries: Sequence[Mapping[str, Any]], name: str) -> str:

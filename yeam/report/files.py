@@ -39,7 +39,7 @@ def check_targets(paths: Sequence[Path]) -> None:
 def write_target(path: Path, title: str, page: Callable[[], str], pictures: Callable[[], Sequence[HeatMap]]) -> None:
     """Write the page, or the pictures as one figure, as the file's suffix says. Raises OutputError."""
     if path.suffix.lower() in _PAGES:
-        write_page(path, page())
+        write_text(path, page())
         return
     drawn = pictures()
     if not drawn:
@@ -50,8 +50,8 @@ def write_target(path: Path, title: str, page: Callable[[], str], pictures: Call
         raise _failed(path, error) from error
 
 
-def write_page(path: Path, text: str) -> None:
-    """Write a page whole or not at all. Raises OutputError."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises OutputError."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -62,7 +62,8 @@ def write_page(path: Path, text: str) -> None:
 
 def _failed(path: Path, error: OSError) -> OutputError:
     return OutputError(
-        f"{path} cannot be written: {error.strerror or error}", "free some space, or choose another place"
+        f"{path} cannot be written: {error.strerror or error}",
+        "free some space, check the folder's permissions, or choose another place",
     )
 
 

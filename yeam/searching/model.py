@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from yeam.checkpoint.folder import listed
 from yeam.engine.held import Held
 from yeam.errors import CheckpointError, UserError
 from yeam.evaluation.folders import Source
-from yeam.evaluation.loading import Loaded, Placement, explained, load_tokenizer, place, quiet
+from yeam.evaluation.loading import Loaded, Placement, explained, place, quiet, ready
 from yeam.planning.jobs import Plan
 from yeam.planning.members import Members
 from yeam.planning.stages import StageCheckpoint
@@ -66,8 +64,7 @@ class Vessel:
         self._loaded = None  # before another is made
         with quiet():
             model, info = _made(source, placement, dict(held.tensors), self._trust)
-            tokenizer = tokenizer or load_tokenizer(source, self._trust)
-        self._loaded = _ready(source, model, info, tokenizer, placement)
+        self._loaded = ready(source, model, info, placement, self._trust, tokenizer)
         self._unwanted = frozenset(info["unexpected_keys"])
         parameters = model.state_dict()
         wanted = {name: tensor for name, tensor in held.tensors.items() if name not in self._unwanted}
@@ -120,26 +117,6 @@ def _made(source: Source, placement: Placement, tensors: dict[str, Tensor], trus
             ignore_mismatched_sizes=True,  # they are in the loading info, by name
         )
         return model.to(placement.device).eval().requires_grad_(False), info
-
-
-def _ready(source: Source, model: Any, info: dict[str, Any], tokenizer: Any, placement: Placement) -> Loaded:
-    missing = [*info["missing_keys"], *(str(key[0]) for key in info.get("mismatched_keys") or ())]
-    if missing:
-        raise CheckpointError(
-            f"{source.label}: weights are missing that the model needs, or have other shapes: {listed(missing)}",
-            "use a complete model: transformers would make them up",
-        )
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    known = inspect.signature(type(model).forward).parameters
-    return Loaded(
-        source,
-        model,
-        tokenizer,
-        positions if isinstance(positions, int) and 0 < positions < 10**9 else None,
-        placement,
-        next((key for key in ("logits_to_keep", "num_logits_to_keep") if key in known), None),
-    )
 
 
 def _key(plan: Plan) -> Any:

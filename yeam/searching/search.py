@@ -240,7 +240,7 @@ def _result(
 
 def _write(space: Space, found: SearchResult, text: Sequence[str | os.PathLike[str]]) -> None:
     from yeam.evaluation.results import with_error
-    from yeam.report.files import write_page
+    from yeam.report.files import write_text
 
     best, baseline = found.best.measured, found.baseline.measured
     assert best is not None and baseline is not None
@@ -254,7 +254,7 @@ def _write(space: Space, found: SearchResult, text: Sequence[str | os.PathLike[s
         f"{with_error(*baseline.held_out)}.",
     ]
     comment = "".join(f"# {' '.join(line.split())}\n" for line in header)
-    write_page(found.out, f"{comment}\n{found.recipe.lstrip()}")
+    write_text(found.out, f"{comment}\n{found.recipe.lstrip()}")
     if found.plot is not None:
         from yeam.searching.picture import draw
 
