@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MANY = 1_000_000  # new objects before garbage is looked for, where no model runs
+
 
 def main() -> None:
     """Entry point of the `yeam` script."""
@@ -10,6 +12,8 @@ def main() -> None:
     try:
         from yeam.cli.app import app
 
+        # imports and plans make objects by the hundred thousand, and none that goes before the process does
+        gc.set_threshold(MANY)
         app()
     except KeyboardInterrupt:  # before a command could take it
         raise SystemExit(130) from None

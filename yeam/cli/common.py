@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import threading
@@ -17,6 +18,7 @@ import typer
 from yeam.engine.ranks_store import rank_here
 from yeam.errors import YeamError
 
+USUAL = gc.get_threshold()
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages, errors excepted.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -75,12 +77,14 @@ _INTERRUPTION = ("interrupted", "run the same command again to continue", 130)
 
 
 @contextmanager
-def handled(debug: bool, as_json: bool = False) -> Iterator[None]:
+def handled(debug: bool, as_json: bool = False, *, runs_models: bool = False) -> Iterator[None]:
     """Turn exceptions into one message on stderr and an exit status: 2 for what the user can fix, 1 for what broke.
 
     The status is the same with `debug`, which prints the traceback before the message. Of several processes that share a merge, one
-    prints what happened.
+    prints what happened. runs_models: garbage is looked for as often as usual, since a model's own may hold much memory.
     """
+    if runs_models:
+        gc.set_threshold(*USUAL)
     rank = rank_here()
     try:
         with _noticed() as interrupts:

@@ -58,7 +58,7 @@ def evaluate(
     """
     import yeam
 
-    with handled(debug, as_json):
+    with handled(debug, as_json, runs_models=True):
         with bar(quiet or as_json, "tokens", of_bytes=False) as listener:
             found = yeam.evaluate(
                 model,

@@ -82,7 +82,7 @@ def inject(
     import yeam
     from yeam.injection import inject_recipe
 
-    with handled(debug, as_json):
+    with handled(debug, as_json, runs_models=bool(distill or guard)):
         models = [part for text in sources for part in text.split(",") if part]
         options: dict[str, Any] = {"policy": policy, "budget": budget, "strength": strength, "roles": roles}
         options["protect"] = protect

@@ -77,7 +77,7 @@ def merge(
     """
     import yeam
 
-    with handled(debug, as_json):
+    with handled(debug, as_json, runs_models=bool(guard)):
         with merging(quiet or as_json) as listener:
             report = yeam.merge(
                 config,

@@ -75,7 +75,7 @@ def search(
     from yeam.engine.ranks_store import rank_here
 
     silent = quiet or as_json or rank_here() > 0
-    with handled(debug, as_json):
+    with handled(debug, as_json, runs_models=True):
         with bar(silent, "trials", of_bytes=False) as listener:
             found = yeam.search(
                 config,

@@ -30,7 +30,7 @@ def verify(
     """
     import yeam
 
-    with handled(debug, as_json):
+    with handled(debug, as_json, runs_models=load):
         with bar(quiet or as_json, "reading") as listener:
             found = yeam.verify(out, load=load, trust_remote_code=trust_remote_code, progress=listener)
         if as_json:
