@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from yeam.compiled import KINDS
+from yeam.compiled import KINDS, words
 from yeam.methods import Tile
 from yeam.methods.inputs import StoredTile
 
@@ -47,14 +46,16 @@ class HeldInputs:
             base_T = self._base.flatten()[begin:end].clone() if self._base is not None else None
             yield Tile(begin, end, self._sources_KT[: 0 if base_only else None, begin:end].clone(), base_T)
 
-    def stored_tiles(self, start: int = 0, stop: int | None = None) -> Iterator[StoredTile] | None:
-        return self._stored_tiles(start, stop) if self._stored else None
+    def stored_tiles(
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False
+    ) -> Iterator[StoredTile] | None:
+        return self._stored_tiles(start, stop, base_only) if self._stored else None
 
-    def _stored_tiles(self, start: int, stop: int | None) -> Iterator[StoredTile]:
-        for tile in self.tiles(start, stop):
+    def _stored_tiles(self, start: int, stop: int | None, base_only: bool) -> Iterator[StoredTile]:
+        for tile in self.tiles(start, stop, base_only=base_only):
             rows_VT = torch.cat([tile.sources_KT, *([] if tile.base_T is None else [tile.base_T[None]])])
             kind = KINDS[{torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[rows_VT.dtype]]
-            yield StoredTile(tile.start, tile.stop, rows_VT.view(torch.int16).numpy().view(np.uint16), kind)
+            yield StoredTile(tile.start, tile.stop, words(rows_VT), kind)
 
     def hold(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype)

@@ -6,7 +6,7 @@ Legend: K sources, M rows, N columns, B blocks of four, w frame width.
 import torch
 
 
-def rays(delta_K, softness=4.0):
+def rays(delta_K, softness=32.0):
     """Steps 1 and 2. delta_K [K, *shape] -> the softened intersection of the sources' tangent planes [*shape]."""
     K, shape = delta_K.shape[0], delta_K.shape[1:]
     flat_Kn = delta_K.reshape(K, -1)
@@ -30,19 +30,28 @@ def agreement(delta_K):
     return float(((K * A - 1) / (K - 1)).clamp(0, 1))
 
 
-def spread_columns(x_MN, width, alpha, generator, floor=1e-6):
-    """Equalise the columns of x inside frames of `width`, grouped by a random permutation."""
+def departure(x, delta_K):
+    """‖x‖² (1 − cos²(x, Σ V_k)): what the rays make other than a multiple of the sum."""
+    total = delta_K.sum(0)
+    along = (x * total).sum() ** 2 / total.square().sum() if float(total.norm()) > 0 else 0.0
+    return float((x.square().sum() - along).clamp(min=0))
+
+
+def spread_columns(x_MN, width, alpha, generator, floor=1e-6, noise=0.0):
+    """Equalise the columns of x inside frames of `width`, grouped by a random permutation; noise: its mean square in an element."""
     order = torch.randperm(x_MN.shape[1], generator=generator)
     out_MN = torch.empty_like(x_MN)
     grams = [x_MN[:, J].T @ x_MN[:, J] for J in order.split(width)]
     eigen = [torch.linalg.eigh(C) for C in grams]
     least = floor * max(float(values.max()) for values, _ in eigen)
     for J, (values, Q) in zip(order.split(width), eigen):
-        out_MN[:, J] = x_MN[:, J] @ (Q * values.clamp(min=least) ** (-alpha / 2)) @ Q.T
+        values = values.clamp(min=least)
+        signal = (1 - noise * x_MN.shape[0] / values).clamp(min=0.01)
+        out_MN[:, J] = x_MN[:, J] @ (Q * (signal / values) ** (alpha / 2)) @ Q.T
     return out_MN / out_MN.norm()
 
 
-def merge(base, delta_K, softness=4.0, width=256, rounds=1, lam=1.0, seed=0):
+def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0):
     """The merged tensor. delta_K = weight_k * (source_k - base), stacked; width=None skips the frames."""
     x = rays(delta_K, softness)
     norms_K = delta_K.reshape(len(delta_K), -1).norm(dim=1)
@@ -54,15 +63,20 @@ def merge(base, delta_K, softness=4.0, width=256, rounds=1, lam=1.0, seed=0):
     alpha = 1 - agreement(delta_K) if float(base.norm()) > 0 else 0.0  # frames are for updates, not for whole weights
     if width and alpha > 0:
         generator = torch.Generator().manual_seed(seed)
-        for _ in range(rounds):
+        edge = (1 + (min(width, *x.shape) / max(x.shape)) ** 0.5) ** 2
+        noise = edge * departure(x, delta_K) / x.numel()
+        for number in range(rounds):
+            known = 0.0 if number else noise
             if x.shape[1] <= x.shape[0]:
-                x = spread_columns(x, width, alpha, generator)
+                x = spread_columns(x, width, alpha, generator, noise=known)
             else:
-                x = spread_columns(x.T, width, alpha, generator).T
+                x = spread_columns(x.T, width, alpha, generator, noise=known).T
     x = x * norms_K.mean() / x.norm()
-    displacement = float(norms_K.mean() / base.norm().clamp(min=1e-300))
-    progress = float(((x * delta_K).flatten(1).sum(1) / norms_K.square().clamp(min=1e-300)).mean())
-    scale = min((0.47 * (max(progress, 1e-3) / max(displacement, 1e-12)) ** 0.5) ** alpha, longest)
+    displacement = max(float(norms_K.max() / base.norm().clamp(min=1e-300)), 1e-12)
+    progress = float((x * delta_K.sum(0)).sum() / norms_K.square().sum())
+    found = max(progress, 1e-3)
+    shared = max(1.0, float(delta_K.sum(0).square().sum() / norms_K.square().sum()))
+    scale = min(max(1.4 * found / shared / displacement**0.25, 0.13 * found**0.5 / displacement) ** alpha, longest)
     if progress > 0:
         scale = min(scale, 1 / progress)
     return base + lam * scale * x

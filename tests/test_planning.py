@@ -526,7 +526,7 @@ def test_plain_json_and_costs(llama: Llama) -> None:
             "lambda_": 1,
             "rounds": None,
             "seed": 0,
-            "softness": 4,
+            "softness": 32,
             "weight": [1],
         }
     assert sum(shard["nbytes"] - len(shard["header"].encode()) - 8 for shard in plain["shards"]) == plan.total_bytes

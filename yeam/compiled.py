@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -23,6 +24,15 @@ def is_compiled(x: Tensor) -> bool:
     import torch
 
     return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def words(rows_VT: Tensor) -> np.ndarray[Any, Any]:
+    """Contiguous rows [V, T] of float32, bfloat16 or float16 on the CPU as the loops of `yeam.stored` take them: uint16 [V, S]."""
+    import numpy as np
+    import torch
+
+    found: np.ndarray[Any, Any] = rows_VT.view(torch.int16).numpy().view(np.uint16)
+    return found
 
 
 def loops(*, free: frozenset[str] = frozenset()) -> Callable[[Callable[..., Any]], Any]:

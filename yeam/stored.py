@@ -41,8 +41,8 @@ def _widen_float16(word_T, x_T, bits_T):  # type: ignore[no-untyped-def]
 
 
 @_fused
-def _widen(word_S, start, kind, x_T, bits_T):  # type: ignore[no-untyped-def]
-    """Elements from `start` on as float32, as many as x_T has; bits_T (uint32) is the same memory."""
+def widen(word_S, start, kind, x_T, bits_T):  # type: ignore[no-untyped-def]
+    """Elements from `start` on as float32 into x_T, as many as it has; bits_T (uint32) is the same memory."""
     stop = start + len(x_T)
     if kind == 0:
         _widen_bfloat16(word_S[start:stop], bits_T)
@@ -93,7 +93,7 @@ def combine(word_VS, kind, factor, out_T):  # type: ignore[no-untyped-def]
         part_T = out_T[start : start + STEP]
         size = len(part_T)
         for v in range(len(factor)):
-            _widen(word_VS[v], start, kind, x[:size], bits[:size])
+            widen(word_VS[v], start, kind, x[:size], bits[:size])
             if v == 0:
                 _scale(x[:size], factor[v], part_T)
             else:
@@ -109,10 +109,10 @@ def move(word_VS, kind, factor, out_T):  # type: ignore[no-untyped-def]
     for start in range(0, len(out_T), STEP):
         part_T = out_T[start : start + STEP]
         size = len(part_T)
-        _widen(word_VS[K], start, kind, base[:size], base_bits[:size])
+        widen(word_VS[K], start, kind, base[:size], base_bits[:size])
         part_T[:] = base[:size]
         for k in range(K):
-            _widen(word_VS[k], start, kind, x[:size], bits[:size])
+            widen(word_VS[k], start, kind, x[:size], bits[:size])
             _add_difference(x[:size], base[:size], factor[k], part_T)
 
 
@@ -125,10 +125,23 @@ def add_products(word_VS, kind, T, relative, products):  # type: ignore[no-untyp
     for start in range(0, T, STEP):
         size = min(STEP, T - start)
         for v in range(V):
-            _widen(word_VS[v], start, kind, x[v, :size], bits[v, :size])
+            widen(word_VS[v], start, kind, x[v, :size], bits[v, :size])
         if relative:
             for k in range(count):
                 _subtract(x[k, :size], x[V - 1, :size])
         for i in range(count):
             for j in range(i + 1):
                 products[i, j] += np.float64(_dot(x[i, :size], x[j, :size]))
+
+
+@_fused
+def shift(word_S, kind, point_T, factor, out_T):  # type: ignore[no-untyped-def]
+    """x + factor · point into out_T [T] (float32), x being one row."""
+    bits = np.empty(STEP, np.uint32)
+    x = bits.view(np.float32)
+    for start in range(0, len(out_T), STEP):
+        part_T = out_T[start : start + STEP]
+        size = len(part_T)
+        widen(word_S, start, kind, x[:size], bits[:size])
+        part_T[:] = x[:size]
+        _add(point_T[start : start + size], factor, part_T)

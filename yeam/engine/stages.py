@@ -134,8 +134,10 @@ class _Range(JobInputs):
     def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
         yield from super().tiles(*self._range, base_only=base_only)
 
-    def stored_tiles(self, start: int = 0, stop: int | None = None) -> Iterator[StoredTile] | None:
-        return super().stored_tiles(*self._range)
+    def stored_tiles(
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False
+    ) -> Iterator[StoredTile] | None:
+        return super().stored_tiles(*self._range, base_only=base_only)
 
 
 def attach(pipeline: Pipeline) -> None:

@@ -14,13 +14,12 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.dtypes import DTYPES
-from yeam.compiled import KINDS
+from yeam.compiled import KINDS, words
 from yeam.engine.stage import CpuStage, Stage, Wait
 from yeam.methods.inputs import Inputs, StoredTile, Tile
 from yeam.planning.jobs import Companion, Input, Job
@@ -147,8 +146,7 @@ class JobInputs:
         return self._lane.work(("held", self._key), shape, self.dtype)
 
     def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
-        base = (self._own.base,) if self._own.base is not None else ()
-        inputs = base if base_only else (*self._own.sources, *base)
+        inputs = self._chosen(base_only)
         with contextlib.closing(self._parts(inputs, start, stop)) as parts:
             for part in parts:
                 T = part.stop - part.start
@@ -158,9 +156,15 @@ class JobInputs:
                 part.waits += [self._lane.stage.upload(raw_T, out_T) for raw_T, out_T in zip(part.raw, targets)]
                 yield Tile(part.start, part.stop, sources_KT, base_T)
 
-    def stored_tiles(self, start: int = 0, stop: int | None = None) -> Iterator[StoredTile] | None:
+    def stored_tiles(
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False
+    ) -> Iterator[StoredTile] | None:
         kind = self._kind
-        return None if kind is None else self._stored(kind, start, stop)
+        return None if kind is None else self._stored(kind, self._chosen(base_only), start, stop)
+
+    def _chosen(self, base_only: bool) -> tuple[Input, ...]:
+        base = (self._own.base,) if self._own.base is not None else ()
+        return base if base_only else (*self._own.sources, *base)
 
     @property
     def _kind(self) -> int | None:
@@ -170,15 +174,14 @@ class JobInputs:
         found = {self._checkpoints[source.model].tensors[source.tensor].dtype for source in self._own.inputs}
         return KINDS.get(found.pop()) if len(found) == 1 else None
 
-    def _stored(self, kind: int, start: int, stop: int | None) -> Iterator[StoredTile]:
-        inputs = self._own.inputs
+    def _stored(self, kind: int, inputs: tuple[Input, ...], start: int, stop: int | None) -> Iterator[StoredTile]:
         itemsize = self._itemsize(inputs[0])
         with contextlib.closing(self._parts(inputs, start, stop)) as parts:
             for part in parts:
                 for raw_T, place in zip(part.raw, part.places):
                     if raw_T.data_ptr() != place.data_ptr():  # computed, and not into the buffer
                         place[: raw_T.numel() * itemsize].view(raw_T.dtype).copy_(raw_T)
-                word_VS = part.block.numpy().view(np.uint16).reshape(len(inputs), -1)
+                word_VS = words(part.block.view(len(inputs), -1))
                 yield StoredTile(part.start, part.stop, word_VS, kind)
 
     def _parts(self, inputs: tuple[Input, ...], start: int, stop: int | None) -> Generator[_Part, None, None]:

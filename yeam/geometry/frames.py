@@ -27,7 +27,8 @@ def spread_(
 
     x_MN: [M, N], contiguous, float32 or float64, not all zero. The scale is for the caller to set afterwards. alpha: 0 leaves it alone,
     1 flattens every frame. rounds: how often the axes are regrouped. seed: of the permutations, drawn on the CPU so that every device
-    sees the same ones. noise: the mean square that rounding has left in x_MN's elements; axes that hold little else are spread less.
+    sees the same ones. noise: the mean square of what is no update in x_MN's elements, rounding and the like; axes that
+    hold little else are spread less.
     Returns x_MN. Memory beyond x_MN: about 3 · min(M, N) · width elements and a band of rows.
     """
     if alpha == 0:
@@ -102,6 +103,16 @@ def spread_spectral_(x_MN: Tensor, *, alpha: float, noise: float = 0.0) -> Tenso
     return x_MN
 
 
+def noise_edge(shape: torch.Size, width: int | None = None) -> float:
+    """The largest eigenvalue of a frame's Gram matrix over the mean one where the matrix is noise without structure.
+
+    (1 + √(w/R))² for w axes of R elements: the edge of Marchenko and Pastur's law (1967). shape: of the matrix; width: of the frames,
+    None for one as wide as the shorter side.
+    """
+    axes = min(shape) if width is None else min(width, *shape)
+    return float((1 + (axes / max(shape)) ** 0.5) ** 2)
+
+
 def _row_frames(tile_RN: Tensor, width: int) -> Tensor:
     """[R, N] as [F, w, N]: the frames of a band, a single one where it is the leftover."""
     rows, columns = tile_RN.shape
@@ -146,8 +157,8 @@ class _ColumnGrams:
 def _powers(grams: list[Tensor], alpha: float, noise: float = 0.0) -> list[Tensor]:
     """C^(−α/2) of all frames, with one floor for all of them.
 
-    noise: the eigenvalue that rounding alone would have. An axis is given the share of its energy that is more than that (a Wiener
-    filter), at least a hundredth, so that an update of rounding alone is still one.
+    noise: the eigenvalue that rounding and the like alone would have. An axis is given the share of its energy that is more than
+    that (a Wiener filter), at least a hundredth, so that an update of nothing else is still one.
     """
     eigen = [torch.linalg.eigh(gram_Fww) for gram_Fww in grams]
     least = FLOOR * max(float(values_Fw.max()) for values_Fw, _ in eigen)

@@ -1,6 +1,6 @@
 """Rays and their sums on the CPU in float32, compiled: what `yeam.geometry.rays` does in torch, some eight times as fast.
 
-Legend: K sources, T elements of a tile, B = T/4 blocks.
+Legend: K sources, V rows and S words of a row as in `yeam.stored`, T elements of a tile, B = T/4 blocks.
 
 A step of 2,048 elements stays in the innermost cache from the loading of the updates to the sums. Steps are counted from a tile's
 beginning and every sum is kept in float64 across tiles, so the result does not depend on how a tensor is cut into tiles of whole
@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from yeam.compiled import loops
+from yeam.stored import widen
 
 STEP = 2048  # elements
 _TINY = np.float32(1.1754944e-38)
@@ -42,15 +43,15 @@ def _block_dots(x_T, y_T, B, out_B):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _update(source_T, base_T, weight, T, out_T):  # type: ignore[no-untyped-def]
-    for i in range(T):
-        out_T[i] = weight * (source_T[i] - base_T[i])
+def _update(v_T, base_T, weight):  # type: ignore[no-untyped-def]
+    for i in range(len(v_T)):
+        v_T[i] = weight * (v_T[i] - base_T[i])
 
 
 @_compiled
-def _scaled(source_T, weight, T, out_T):  # type: ignore[no-untyped-def]
-    for i in range(T):
-        out_T[i] = weight * source_T[i]
+def _scaled(v_T, weight):  # type: ignore[no-untyped-def]
+    for i in range(len(v_T)):
+        v_T[i] *= weight
 
 
 @_compiled
@@ -134,15 +135,16 @@ def _combine(share_B, x_T, B, first, out_T):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def ray_points(source_KT, base_T, has_base, weight_K, m, out_T, gram_KK, along_K, squares_2):  # type: ignore[no-untyped-def]
+def ray_points(word_VS, kind, has_base, weight_K, m, out_T, gram_KK, along_K, squares_2):  # type: ignore[no-untyped-def]
     """The rays' point of every block of v_k = weight_k · (source_k − base), and the sums that its length is chosen by.
 
-    source_KT: [K, T] float32, contiguous, K ≥ 2; base_T: [T] (any array where has_base is False); weight_K: [K] float32; m: 1 + μ,
+    word_VS, kind: K ≥ 2 sources and, where has_base, the base. weight_K: [K] float32; m: 1 + μ,
     float32. Writes out_T [T]; adds, all in float64, ⟨v_k, v_l⟩ to gram_KK, ⟨v_k, out⟩ to along_K, and ‖base‖², ‖out‖² to squares_2.
     The last block is padded with zeros.
     """
-    K, T = source_KT.shape
-    v_KT = np.empty((K, STEP), np.float32)
+    K, T = len(weight_K), len(out_T)
+    bits_KT, base_bits_T = np.empty((K, STEP), np.uint32), np.empty(STEP, np.uint32)
+    v_KT, base_T = bits_KT.view(np.float32), base_bits_T.view(np.float32)
     gram_KKB = np.empty((K, K, STEP // 4), np.float32)
     inverse_KB = np.empty((K, STEP // 4), np.float32)
     share_KB = np.empty((K, STEP // 4), np.float32)
@@ -150,11 +152,14 @@ def ray_points(source_KT, base_T, has_base, weight_K, m, out_T, gram_KK, along_K
     for start in range(0, T, STEP):
         size = min(STEP, T - start)
         B = (size + 3) // 4
+        if has_base:
+            widen(word_VS[K], start, kind, base_T[:size], base_bits_T[:size])
         for k in range(K):
+            widen(word_VS[k], start, kind, v_KT[k, :size], bits_KT[k, :size])
             if has_base:
-                _update(source_KT[k, start:], base_T[start:], weight_K[k], size, v_KT[k])
+                _update(v_KT[k, :size], base_T[:size], weight_K[k])
             else:
-                _scaled(source_KT[k, start:], weight_K[k], size, v_KT[k])
+                _scaled(v_KT[k, :size], weight_K[k])
             for i in range(size, 4 * B):
                 v_KT[k, i] = np.float32(0.0)
         for k in range(K):
@@ -175,21 +180,25 @@ def ray_points(source_KT, base_T, has_base, weight_K, m, out_T, gram_KK, along_K
             along_K[k] += _dot(v_KT[k], point_T, size)
         squares_2[1] += _dot(point_T, point_T, size)
         if has_base:
-            squares_2[0] += _dot(base_T[start:], base_T[start:], size)
+            squares_2[0] += _dot(base_T, base_T, size)
         out_T[start : start + size] = point_T[:size]
 
 
 @_compiled
-def along(source_KT, base_T, has_base, weight_K, point_T, along_K):  # type: ignore[no-untyped-def]
+def along(word_VS, kind, has_base, weight_K, point_T, along_K):  # type: ignore[no-untyped-def]
     """Add ⟨weight_k · (source_k − base), point⟩ to along_K (float64) and ‖point‖² to its last element; along_K: [K + 1]."""
-    K, T = source_KT.shape
-    v_T = np.empty(STEP, np.float32)
+    K, T = len(weight_K), len(point_T)
+    bits_T, base_bits_T = np.empty(STEP, np.uint32), np.empty(STEP, np.uint32)
+    v_T, base_T = bits_T.view(np.float32), base_bits_T.view(np.float32)
     for start in range(0, T, STEP):
         size = min(STEP, T - start)
+        if has_base:
+            widen(word_VS[K], start, kind, base_T[:size], base_bits_T[:size])
         for k in range(K):
+            widen(word_VS[k], start, kind, v_T[:size], bits_T[:size])
             if has_base:
-                _update(source_KT[k, start:], base_T[start:], weight_K[k], size, v_T)
+                _update(v_T[:size], base_T[:size], weight_K[k])
             else:
-                _scaled(source_KT[k, start:], weight_K[k], size, v_T)
+                _scaled(v_T[:size], weight_K[k])
             along_K[k] += _dot(v_T, point_T[start:], size)
         along_K[K] += _dot(point_T[start:], point_T[start:], size)

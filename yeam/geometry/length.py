@@ -2,11 +2,14 @@
 
 Legend: K sources, T elements of a tile.
 
-    r = mean_k ‖V_k‖ / ‖base‖ ,  p = mean_k ⟨X̂, V_k⟩ / ‖V_k‖² ,  q = 2 ‖x_rays‖ / mean_k ‖V_k‖
-    output = base + λ · min((0.47 · (p/r)^(1/2))^α, 1/p, q) · X̂ ,   X̂ = X · mean_k ‖V_k‖ / ‖X‖
+    r = max_k ‖V_k‖ / ‖base‖ ,  p = Σ_k ⟨X̂, V_k⟩ / Σ_k ‖V_k‖² ,  q = 2 ‖x_rays‖ / mean_k ‖V_k‖
+    s = p / max(1, ‖Σ V_k‖² / Σ_k ‖V_k‖²)
+    output = base + λ · min(max(1.4 · s / r^(1/4), 0.13 · p^(1/2) / r)^α, 1/p, q) · X̂ ,   X̂ = X · mean_k ‖V_k‖ / ‖X‖
 
-Gentle fine-tunes may be followed further than harsh ones, an update that all sources share further than one that each finds
-little of itself in, none beyond the sources' own average progress (1/p), and never to more than twice what the rays left (q).
+A matrix may always move by some share of its norm, 0.13 √p (a trust region: the loss is nearly linear there). Harsh fine-tunes are
+followed by as much as X̂ holds of their sum (s, which is p where they have nothing in common; what they share raises p but is no
+reason to go further), a little less the further the furthest of them went. None is followed beyond the sources' own progress (1/p),
+and never to more than twice what the rays left (q).
 All sums are kept in float64.
 """
 
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-REACH = 0.47  # chosen on three families; the README tells how
+REACH, REGION = 1.4, 0.13  # chosen on four families; the README tells how
 LEAST_PROGRESS = 1e-3
 
 
@@ -58,6 +61,13 @@ class Moments:
     def mean_norm(self) -> float:
         return float(self.norms_K.mean())
 
+    @property
+    def departure(self) -> float:
+        """What the rays make other than a multiple of the updates' sum, ‖x_rays‖² · (1 − cos²(x_rays, Σ V_k)): the squared length of it."""
+        total = float(self.gram_KK.sum())
+        along = float(self.along_K.sum())
+        return max(0.0, self.point_square - along**2 / total) if total > 0 else self.point_square
+
 
 def agreement(gram_KK: Tensor) -> float:
     """0 for unrelated updates, 1 for equal ones and for a single one.
@@ -73,15 +83,27 @@ def agreement(gram_KK: Tensor) -> float:
     return min(1.0, max(0.0, (float(gram_KK.sum()) / total - 1) / (K - 1)))
 
 
+def progress_along(along_K: Tensor, gram_KK: Tensor) -> float:
+    """p = Σ_k ⟨X̂, V_k⟩ / Σ_k ‖V_k‖²: the share of their own progress that the sources find in X̂; 0 where nothing moves.
+
+    along_K: ⟨X̂, V_k⟩ [K]; gram_KK: Gram matrix of the updates [K, K].
+    """
+    total = float(gram_KK.diagonal().sum())
+    return float(along_K.sum()) / total if total > 0 else 0.0
+
+
 def step_length(moments: Moments, *, alpha: float, progress: float) -> float:
-    """The factor on X̂ for a matrix: min((0.47 · (p/r)^(1/2))^α, 1/p, q).
+    """The factor on X̂ for a matrix: min(max(1.4 · s / r^(1/4), 0.13 · p^(1/2) / r)^α, 1/p, q).
 
     progress: p of X̂; one of 0 or less counts as 0.001 in the law and sets no bound. With a base of norm 0 (the origin) alpha must be 0.
     """
     scale = point_bound(moments)
     if moments.base_square > 0:
-        displacement = moments.mean_norm / moments.base_square**0.5
-        scale = min(scale, (REACH * (max(progress, LEAST_PROGRESS) / max(displacement, 1e-12)) ** 0.5) ** alpha)
+        displacement = max(float(moments.norms_K.max()) / moments.base_square**0.5, 1e-12)
+        found = max(progress, LEAST_PROGRESS)
+        shared = max(1.0, float(moments.gram_KK.sum() / moments.gram_KK.diagonal().sum()))
+        law = max(REACH * found / shared / displacement**0.25, REGION * found**0.5 / displacement)
+        scale = min(scale, law**alpha)
     else:
         scale = min(scale, 1.0)
     return min(scale, 1 / progress) if progress > 0 else scale

@@ -8,13 +8,18 @@ Legend: K sources, T elements of a tile.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from yeam.compiled import is_compiled
+from yeam.compiled import KINDS, is_compiled, words
 from yeam.geometry.length import Moments
 from yeam.geometry.rays import ray_point
+from yeam.methods.inputs import StoredTile, Tile
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def updates_(source_KT: Tensor, base_T: Tensor | None, weight: Sequence[float]) -> Tensor:
@@ -28,27 +33,27 @@ def updates_(source_KT: Tensor, base_T: Tensor | None, weight: Sequence[float]) 
 
 
 def resolve(
-    source_KT: Tensor, base_T: Tensor | None, weight: Sequence[float], softness: float, moments: Moments, out_T: Tensor
+    part: Tile | StoredTile, weight: Sequence[float], softness: float, moments: Moments, out_T: Tensor
 ) -> Tensor:
     """The point where the rays of the updates meet, in out_T [T], which is returned; `moments` take the tile in.
 
-    source_KT: [K, T], K ≥ 2, contiguous, may be overwritten; base_T: [T]; weight: K numbers. Tiles that begin at multiples of 2,048
+    part: of K ≥ 2 sources, contiguous, may be overwritten; weight: K numbers. Tiles that begin at multiples of 2,048
     give the same sums however long they are.
     """
-    if not is_compiled(source_KT):
-        delta_KT = updates_(source_KT, base_T, weight)
+    if isinstance(part, Tile) and not is_compiled(part.sources_KT):
+        delta_KT = updates_(part.sources_KT, part.base_T, weight)
         ray_point(delta_KT, softness, out=out_T)
-        moments.add(delta_KT, base_T, out_T)
+        moments.add(delta_KT, part.base_T, out_T)
         return out_T
     import numpy as np
 
     from yeam.geometry.kernels import ray_points
 
-    base = base_T if base_T is not None else out_T
+    word_VS, kind = _rows(part)
     ray_points(
-        source_KT.numpy(),
-        base.numpy(),
-        base_T is not None,
+        word_VS,
+        kind,
+        len(word_VS) > len(weight),
         np.asarray(weight, np.float32),
         np.float32(1.0 + softness),
         out_T.numpy(),
@@ -65,19 +70,19 @@ class Along:
     def __init__(self, K: int) -> None:
         self._sums = torch.zeros(K + 1, dtype=torch.float64)
 
-    def add(self, source_KT: Tensor, base_T: Tensor | None, weight: Sequence[float], point_T: Tensor) -> None:
-        """Add one tile; source_KT [K, T] may be overwritten."""
-        if not is_compiled(source_KT):
-            self._sums[:-1] += (updates_(source_KT, base_T, weight) @ point_T).double().cpu()
+    def add(self, part: Tile | StoredTile, weight: Sequence[float], point_T: Tensor) -> None:
+        """Add one tile, which may be overwritten; weight: K numbers."""
+        if isinstance(part, Tile) and not is_compiled(part.sources_KT):
+            self._sums[:-1] += (updates_(part.sources_KT, part.base_T, weight) @ point_T).double().cpu()
             self._sums[-1] += float(torch.dot(point_T, point_T))
             return
         import numpy as np
 
         from yeam.geometry.kernels import along
 
-        base = base_T if base_T is not None else point_T
+        word_VS, kind = _rows(part)
         weight_K = np.asarray(weight, np.float32)
-        along(source_KT.numpy(), base.numpy(), base_T is not None, weight_K, point_T.numpy(), self._sums.numpy())
+        along(word_VS, kind, len(word_VS) > len(weight), weight_K, point_T.numpy(), self._sums.numpy())
 
     @property
     def sources_K(self) -> Tensor:
@@ -86,3 +91,25 @@ class Along:
     @property
     def square(self) -> float:
         return float(self._sums[-1])
+
+
+def followed(part: Tile | StoredTile, point_T: Tensor, factor: float) -> Tensor:
+    """base + factor · point [T]; part: a tile of the base only, which may be overwritten."""
+    if isinstance(part, Tile):
+        assert part.base_T is not None
+        return part.base_T.add_(point_T, alpha=factor)
+    import numpy as np
+
+    from yeam.stored import shift
+
+    out_T = torch.empty_like(point_T)
+    shift(part.word_VS[0], part.kind, point_T.numpy(), np.float32(factor), out_T.numpy())
+    return out_T
+
+
+def _rows(part: Tile | StoredTile) -> tuple[np.ndarray[Any, Any], int]:
+    """Sources and base as the compiled loops take them."""
+    if isinstance(part, StoredTile):
+        return part.word_VS, part.kind
+    rows_VT = part.sources_KT if part.base_T is None else torch.cat([part.sources_KT, part.base_T[None]])
+    return words(rows_VT), KINDS["F32"]

@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from yeam.compiled import is_compiled
+from yeam.compiled import KINDS, is_compiled, words
 
 SIDE = 4
 _GROUP = 16  # blocks summed by one small matrix product, which is faster than a reduction over four
@@ -34,7 +34,7 @@ def _block_ones(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.kron(torch.eye(_GROUP), torch.ones(SIDE, 1)).to(device=device, dtype=dtype)
 
 
-def ray_point(delta_KT: Tensor, softness: float = 4.0, out: Tensor | None = None) -> Tensor:
+def ray_point(delta_KT: Tensor, softness: float = 32.0, out: Tensor | None = None) -> Tensor:
     """The point where the rays of K updates meet.
 
     delta_KT: [K, T] updates (weight · (source − base)), float32 or float64; blocks are four consecutive elements, the last
@@ -71,7 +71,7 @@ def _compiled_point(delta_KT: Tensor, softness: float, out_T: Tensor) -> Tensor:
 
     K, point_T = len(delta_KT), out_T.numpy()
     sums = np.zeros((K, K)), np.zeros(K), np.zeros(2)  # of no use here
-    ray_points(delta_KT.numpy(), point_T, False, np.ones(K, np.float32), np.float32(1.0 + softness), point_T, *sums)
+    ray_points(words(delta_KT), KINDS["F32"], False, np.ones(K, np.float32), np.float32(1.0 + softness), point_T, *sums)
     return out_T
 
 

@@ -34,7 +34,7 @@ class _Wrapped:
         self.companions = inputs.companions
         self._inputs = inputs
 
-    def stored_tiles(self, start: int = 0, stop: int | None = None) -> None:
+    def stored_tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> None:
         return None
 
     def hold(self, *shape: int) -> Tensor:

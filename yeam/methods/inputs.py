@@ -67,7 +67,9 @@ class Inputs(Protocol):
         With `base_only` the sources are not read, and sources_KT has no rows.
         """
 
-    def stored_tiles(self, start: int = 0, stop: int | None = None) -> Iterator[StoredTile] | None:
+    def stored_tiles(
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False
+    ) -> Iterator[StoredTile] | None:
         """As `tiles`, not converted. None where the compiled loops do not reach: off the CPU, where operations are to round in another
         dtype than float32 or in mergekit's order, and where the inputs are not all of one storage type that the loops know."""
 
@@ -86,3 +88,11 @@ class Inputs(Protocol):
 
     def record(self, **facts: Any) -> None:
         """Note JSON-serialisable facts about this tensor for the report (norms, agreement, gates)."""
+
+
+def parts(
+    inputs: Inputs, start: int = 0, stop: int | None = None, *, base_only: bool = False
+) -> Iterator[Tile] | Iterator[StoredTile]:
+    """The tiles of elements [start, stop), as they are stored where that can be."""
+    stored = inputs.stored_tiles(start, stop, base_only=base_only)
+    return inputs.tiles(start, stop, base_only=base_only) if stored is None else stored

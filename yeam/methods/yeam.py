@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
-from yeam.methods.inputs import Inputs, Tile
+from yeam.methods.inputs import Inputs, StoredTile, Tile, parts
 from yeam.methods.registry import PerSource, Whole, merge_method
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def yeam(
     inputs: Inputs,
     *,
     weight: PerSource[float] = (1.0,),
-    softness: Annotated[float, Gt(0)] = 4.0,
+    softness: Annotated[float, Gt(0)] = 32.0,
     frames: Frames = 256,
     rounds: Annotated[int, Ge(1)] | None = None,
     lambda_: float = 1.0,
@@ -71,9 +71,10 @@ def yeam(
 ) -> Iterator[Tensor]:
     """Rays in R⁴ resolved into one update, spread evenly over frames of axes, followed as far as the sources allow.
 
-    weight: of each source's update. softness: μ of the rays' intersection. frames: width of the frames, `spectral` for the limit of a
-    single frame as wide as the matrix, `none` to skip them. rounds: of regrouping, 1 by default (frames of 16 and 64: 2, of 4: 4).
-    lambda: strength, 1 by default and not meant to need tuning. seed: of the frames' permutations.
+    weight: of each source's update. softness: μ of the rays' intersection, which tends to the sum of the updates where it is large.
+    frames: width of the frames, `spectral` for the limit of a single frame as wide as the matrix, `none` to skip them.
+    rounds: of regrouping, 1 by default (frames of 16 and 64: 2, of 4: 4). lambda: strength, 1 by default and not meant to
+    need tuning. seed: of the frames' permutations.
     Without a base model the base is the origin: the weights themselves are the updates, and frames are not used.
     Yields the output in tiles, float32 (float64 for float64 inputs).
     """
@@ -87,9 +88,10 @@ def yeam(
 
 def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength: float) -> Iterator[Tensor]:
     """Rays and length without frames: the point is a function of the tile, so a pass for the sums and one for the output do."""
+    import torch
 
-    from yeam.geometry.length import Moments, agreement, point_bound, step_length
-    from yeam.geometry.passes import resolve
+    from yeam.geometry.length import Moments, agreement, point_bound, progress_along, step_length
+    from yeam.geometry.passes import followed, resolve
 
     if inputs.K == 1:
         yield from _follow(inputs, weight[0] * strength)
@@ -98,28 +100,34 @@ def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength:
     held_T = inputs.hold(size) if 4 * size <= HELD_BYTES else None
     moments = Moments.of(inputs.K)
 
-    def point_of(tile: Tile, sums: Moments) -> Tensor:
-        out_T = tile.sources_KT.new_empty(tile.stop - tile.start) if held_T is None else held_T[tile.start : tile.stop]
-        return resolve(tile.sources_KT, tile.base_T, weight, softness, sums, out_T)
+    def point_of(tile: Tile | StoredTile, sums: Moments) -> Tensor:
+        T = tile.stop - tile.start
+        out_T = (
+            torch.empty(T, dtype=inputs.dtype, device=inputs.device)
+            if held_T is None
+            else held_T[tile.start : tile.stop]
+        )
+        return resolve(tile, weight, softness, sums, out_T)
 
-    for tile in inputs.tiles():
-        point_of(tile, moments)
+    for part in parts(inputs):
+        point_of(part, moments)
     if not math.isfinite(moments.point_square):
         yield from _mean(inputs, 0, size, weight, strength)
         return
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
     unit = moments.mean_norm / moments.point_square**0.5 if moments.point_square > 0 else 0.0
     if len(inputs.shape) == 2 and min(inputs.shape) >= LEAST_SIDE:
-        scale = step_length(moments, alpha=alpha, progress=_progress(moments.along_K * unit, moments.gram_KK))
+        scale = step_length(moments, alpha=alpha, progress=progress_along(moments.along_K * unit, moments.gram_KK))
     else:
         scale = min(1.0, point_bound(moments))
     factor = strength * scale * unit
     _record(inputs, moments, strength * scale * moments.mean_norm, scale)
-    for tile in inputs.tiles(base_only=inputs.has_base and held_T is not None):
-        if held_T is None:
-            point_T = point_of(tile, Moments.of(inputs.K))  # the same sums once more, of no use
-        else:
-            point_T = held_T[tile.start : tile.stop]
+    if inputs.has_base and held_T is not None:
+        for part in parts(inputs, base_only=True):
+            yield followed(part, held_T[part.start : part.stop], factor)
+        return
+    for tile in inputs.tiles():
+        point_T = held_T[tile.start : tile.stop] if held_T is not None else point_of(tile, Moments.of(inputs.K))
         yield point_T * factor if tile.base_T is None else tile.base_T.add_(point_T, alpha=factor)
 
 
@@ -145,17 +153,16 @@ def _matrix(
     seed: int,
 ) -> Iterator[Tensor]:
     """One panel: rays tile by tile into memory, frames there, then the length and the output in two more passes over tiles."""
-    from yeam.geometry.frames import spread_, spread_spectral_
-    from yeam.geometry.length import Moments, agreement, step_length
-    from yeam.geometry.passes import Along, resolve
+    from yeam.geometry.frames import noise_edge, spread_, spread_spectral_
+    from yeam.geometry.length import Moments, agreement, progress_along, step_length
+    from yeam.geometry.passes import Along, followed, resolve
 
     stop = start + rows * columns
     point_MN = inputs.hold(rows, columns)
     flat_T = point_MN.view(-1)
     moments = Moments.of(inputs.K)
-    for tile in inputs.tiles(start, stop):
-        out_T = flat_T[tile.start - start : tile.stop - start]
-        resolve(tile.sources_KT, tile.base_T, weight, softness, moments, out_T)
+    for part in parts(inputs, start, stop):
+        resolve(part, weight, softness, moments, flat_T[part.start - start : part.stop - start])
     if not math.isfinite(moments.point_square):
         yield from _mean(inputs, start, stop, weight, strength)
         return
@@ -165,20 +172,20 @@ def _matrix(
         return
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
     rounding = sum(factor**2 * share for factor, share in zip(weight, inputs.rounding))
-    noise = rounding * moments.base_square / (rows * columns)
+    edge = noise_edge(point_MN.shape, frames if isinstance(frames, int) else None)
+    noise = (rounding * moments.base_square + edge * moments.departure) / (rows * columns)
     if frames == "spectral":
         spread_spectral_(point_MN, alpha=alpha, noise=noise)
     elif frames != "none":
         spread_(point_MN, alpha=alpha, width=frames, rounds=rounds, seed=seed, noise=noise)
     along = Along(inputs.K)
-    for tile in inputs.tiles(start, stop):
-        along.add(tile.sources_KT, tile.base_T, weight, flat_T[tile.start - start : tile.stop - start])
+    for part in parts(inputs, start, stop):
+        along.add(part, weight, flat_T[part.start - start : part.stop - start])
     unit = moments.mean_norm / along.square**0.5
-    scale = step_length(moments, alpha=alpha, progress=_progress(along.sources_K * unit, moments.gram_KK))
+    scale = step_length(moments, alpha=alpha, progress=progress_along(along.sources_K * unit, moments.gram_KK))
     _record(inputs, moments, strength * scale * moments.mean_norm, scale)
-    for tile in inputs.tiles(start, stop, base_only=True):
-        assert tile.base_T is not None
-        yield tile.base_T.add_(flat_T[tile.start - start : tile.stop - start], alpha=strength * scale * unit)
+    for part in parts(inputs, start, stop, base_only=True):
+        yield followed(part, flat_T[part.start - start : part.stop - start], strength * scale * unit)
 
 
 def _mean(inputs: Inputs, start: int, stop: int, weight: PerSource[float], strength: float) -> Iterator[Tensor]:
@@ -194,11 +201,6 @@ def _base(inputs: Inputs, start: int, stop: int) -> Iterator[Tensor]:
     for tile in inputs.tiles(start, stop, base_only=True):
         assert tile.base_T is not None
         yield tile.base_T
-
-
-def _progress(along_K: Tensor, gram_KK: Tensor) -> float:
-    """p = mean_k ⟨X̂, V_k⟩ / ‖V_k‖²."""
-    return float((along_K / gram_KK.diagonal().clamp(min=1e-300)).mean())
 
 
 def _record(inputs: Inputs, moments: Any, moved: float, scale: float) -> None:

@@ -9,6 +9,7 @@ Strengths are chosen by the mean recovery on the tuning split, all that is repor
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -174,11 +175,22 @@ def _key(bench: Bench, cell: Cell, rival: Rival) -> dict[str, Any]:
 
 @cache
 def _code_of(method: str) -> str:
-    """A digest of the code that decides what a method makes: its module, and the geometry where it uses that."""
+    """A digest of the code that decides what a method makes: its module, and the geometry that it uses."""
     folder = PACKAGE / "methods"
     module = next(f for f in sorted(folder.glob("*.py")) if f'@merge_method("{method}"' in f.read_text())
-    geometry = [PACKAGE / "geometry"] if "yeam.geometry" in module.read_text() else []
-    return code_digest(module, folder / "matrices.py", *geometry)
+    return code_digest(module, folder / "matrices.py", *_geometry(module))
+
+
+def _geometry(module: Path) -> list[Path]:
+    """The modules of the geometry that a module imports, and those that they import."""
+    found: set[Path] = set()
+    ahead = [module]
+    while ahead:
+        named = re.findall(r"from yeam\.geometry\.(\w+) import", ahead.pop().read_text())
+        new = {PACKAGE / "geometry" / f"{name}.py" for name in named} - found
+        found |= new
+        ahead += new
+    return sorted(found)
 
 
 def _measured(bench: Bench, cell: Cell, rival: Rival) -> dict[str, Any]:
