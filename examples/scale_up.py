@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 import yeam
 
 FAMILY = Path(__file__).parent / "tiny-family"
+BASE = FAMILY / "models" / "base"
 LARGER = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6,
           "num_key_value_heads": 3, "head_dim": 32}  # fmt: skip
 
@@ -40,9 +41,8 @@ def tiny_family() -> Any:
     return module
 
 
-def grown(work: Path, larger: Mapping[str, int] = LARGER) -> LlamaForCausalLM:
+def grown(work: Path, base: Path = BASE, seed: int = 0, larger: Mapping[str, int] = LARGER) -> LlamaForCausalLM:
     """The base in a larger shape, wider, deeper, with more heads and neurons, computing the same; noise in what is silent there."""
-    base = FAMILY / "models" / "base"
     config = LlamaConfig.from_pretrained(base)
     for key, value in larger.items():
         setattr(config, key, value)
@@ -51,7 +51,7 @@ def grown(work: Path, larger: Mapping[str, int] = LARGER) -> LlamaForCausalLM:
               "plugins": [{"expand": {"to": str(work / "shape")}}]}  # fmt: skip
     yeam.merge(recipe, work / "large", overwrite=True)
     model = LlamaForCausalLM.from_pretrained(work / "large", dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
             silent = weight == 0
@@ -59,14 +59,14 @@ def grown(work: Path, larger: Mapping[str, int] = LARGER) -> LlamaForCausalLM:
     return model
 
 
-def make_host(work: Path, steps: int, documents: int | None = None) -> Path:
+def make_host(work: Path, steps: int, documents: int | None = None, base: Path = BASE, seed: int = 0) -> Path:
     """The grown base, trained on an even mixture of all domains: a model of its own. `documents`: of each domain."""
-    train, tokenizer = tiny_family(), PreTrainedTokenizerFast.from_pretrained(FAMILY / "models" / "base")
+    train, tokenizer = tiny_family(), PreTrainedTokenizerFast.from_pretrained(base)
     streams = [
         train.token_stream(tokenizer, [text for name, text in docs.items() if not train.is_held_out(name)][:documents])
         for docs in train.documents().values()
     ]
-    model = train.train(grown(work), streams, steps, 1e-3, "host")
+    model = train.train(grown(work, base, seed), streams, steps, 1e-3, f"host {seed}" if seed else "host")
     train.save(model, tokenizer, work / "host")
     return work / "host"
 
@@ -79,7 +79,7 @@ def main() -> None:
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
-        base, code = FAMILY / "models" / "base", FAMILY / "models" / "code"
+        base, code = BASE, FAMILY / "models" / "code"
         train = tiny_family()
 
         # 1. the base in a larger shape, with a life of its own

@@ -25,10 +25,12 @@ from transfer_models import (
 
 import yeam
 from yeam.errors import UserError
+from yeam.transfer import neurons
 from yeam.transfer.align import align_layer
 from yeam.transfer.aligned import AlignedCheckpoint, may_rotate
 from yeam.transfer.anchors import gather
 from yeam.transfer.branches import ATTENTION, MLP
+from yeam.transfer.effective import Effective
 from yeam.transfer.gauge import regauged
 from yeam.transfer.residual import rotated_layer, rotated_outer
 from yeam.transfer.stream import rotation_of
@@ -72,6 +74,19 @@ def test_a_scrambled_model_is_found_again(kind: str, tmp_path: Path) -> None:
             assert difference(back[part], wanted) < 1e-8, (layer, part)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gpt_neox"])
+def test_a_scrambled_model_is_found_again_in_float32(kind: str, tmp_path: Path) -> None:
+    """To a few units of rounding, times what the random changes multiply it by."""
+    folder = make(kind, tmp_path / "model", dtype=torch.float32)
+    other = rewritten(folder, {name: x.float() for name, x in scrambled(folder).items()})
+    aligned = AlignedCheckpoint(body_of(other), body_of(folder))
+    errors = torch.tensor([
+        difference(aligned.read(name, 0, x.numel()).view(x.shape), x)
+        for name, x in load_file(folder / "model.safetensors").items()
+    ])  # fmt: skip
+    assert float(errors.median()) < 1e-6 and float(errors.max()) < 5e-6
+
+
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma3", "gpt2", "gpt_neox"])
 def test_an_aligned_model_computes_the_same_and_lies_on_its_host(kind: str, tmp_path: Path) -> None:
     folder = make(kind, tmp_path / "model")
@@ -90,6 +105,7 @@ def test_align_on_the_command_line(tmp_path: Path, yeam_process: Callable[..., A
     other = rewritten(folder, {name: x.float() for name, x in scrambled(folder).items()})
     done = yeam_process("align", folder, other, "--out", tmp_path / "aligned", "--json")
     report = json.loads(done.stdout)
+    assert report["stream"]["tier"] == "same shape" and report["stream"]["anchors"] == 160
     assert report["stream"]["gate"] > 0.999 and "aligned exactly" in report["verdict"] and len(report["layers"]) == 3
     assert difference(logits(tmp_path / "aligned"), logits(other)) < 1e-5
     only = json.loads(yeam_process("align", folder, other, "--report-only", "--json").stdout)
@@ -154,6 +170,37 @@ def test_noise_does_not_mislead(kind: str, noise: float, bound: float, tmp_path:
         if wanted.dim() > 1:
             errors.append(difference(aligned.read(name, 0, wanted.numel()).view(wanted.shape), wanted))
     assert sum(errors) / len(errors) < bound
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_neurons_are_matched_alike_in_blocks_of_any_size(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Best partners and leads are those of the whole matrix of scores; however few are assigned at once, each is taken once."""
+    generator = torch.Generator().manual_seed(0)
+
+    def layer(count: int) -> Effective:
+        rows = [torch.randn(count, 12, generator=generator) for _ in range(3)]
+        return Effective(*[torch.zeros(0, 4, 12)] * 4, rows[0] if gated else None, rows[1], rows[2])
+
+    source, host = layer(150), layer(200)
+    unit = [
+        None if a is None else torch.nn.functional.normalize(a, dim=1) @ torch.nn.functional.normalize(b, dim=1).T
+        for a, b in zip((source.gate_ID, source.up_ID, source.down_ID), (host.gate_ID, host.up_ID, host.down_ID))
+    ]
+    score_AB = unit[1] + unit[2] if unit[0] is None else unit[0] + unit[1] * unit[2]
+    whole = neurons.match_neurons(source, host)
+    taken = whole.neurons_B >= 0
+    assert sorted(whole.neurons_B[taken].tolist()) == list(range(150))
+    mutual = (score_AB.argmax(1)[score_AB.argmax(0)] == torch.arange(200)).nonzero()[:, 0]
+    assert torch.equal(whole.neurons_B[mutual], score_AB.argmax(0)[mutual]) and len(mutual) > 10
+    top = score_AB.topk(2, dim=0).values
+    assert torch.allclose(whole.margin_B[mutual], (top[0] - top[1])[mutual], atol=1e-6)
+    monkeypatch.setattr(neurons, "BLOCK", 1)
+    blocks = neurons.match_neurons(source, host)
+    assert torch.equal(blocks.neurons_B, whole.neurons_B)
+    assert torch.allclose(blocks.margin_B[taken], whole.margin_B[taken], atol=1e-6)
+    monkeypatch.setattr(neurons, "DENSE", 16)
+    few = neurons.match_neurons(source, host).neurons_B
+    assert sorted(few[few >= 0].tolist()) == list(range(150)) and torch.equal(few[mutual], whole.neurons_B[mutual])
 
 
 LARGER = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from transfer_models import body_of, difference, exact_logits, logits, make, rew
 import yeam
 from yeam.errors import UserError
 from yeam.transfer import layer_update
+from yeam.transfer.anchors import gather
 from yeam.transfer.branches import ATTENTION, MLP
 from yeam.transfer.rotary import speeds
+from yeam.transfer.stream import maps_of
 from yeam.transfer.transported import TransportedCheckpoint
 
 
@@ -30,7 +33,7 @@ def tuned(base: Path, seed: int = 4) -> Path:
     shutil.copytree(base, out)
     state, body = load_file(base / "model.safetensors"), body_of(base)
     generator = torch.Generator().manual_seed(seed)
-    for name in {slot.name for slots in body.slots for part, slot in slots.items() if "norm" not in part}:
+    for name in sorted({slot.name for slots in body.slots for part, slot in slots.items() if "norm" not in part}):
         noise = torch.randn(state[name].shape, generator=generator, dtype=torch.float64)
         state[name] = state[name] + 0.1 * state[name].std() * noise
     save_file(state, out / "model.safetensors", {"format": "pt"})
@@ -145,6 +148,50 @@ def test_strangers_change_nothing(tmp_path: Path) -> None:
     assert before.keys() == after.keys() and all(torch.equal(x, after[name]) for name, x in before.items())
 
 
+def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    """What is held while every tensor of a host is read in turn: as much in 12 layers as in 4."""
+
+    def held() -> int:
+        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+    most = []
+    for depth in (4, 12):
+        base = make("llama", tmp_path / f"base-{depth}", num_hidden_layers=depth, dtype=torch.float32)
+        shape = make(
+            "llama", tmp_path / f"shape-{depth}", dtype=torch.float32, **{**LARGER["llama"], "num_hidden_layers": depth}
+        )
+        host = expanded(base, shape, tmp_path / f"host-{depth}")
+        found, other = moved(host, base, tuned(base)), held()
+        sizes = []
+        for name in found.tensors:
+            found.read(name, 0, found.tensors[name].shape[-1])
+            if "down_proj" in name:
+                sizes.append(held() - other)
+        most.append(max(sizes))
+    assert most[1] < 1.1 * most[0], most
+
+
+def test_streams_of_16_bit_models_are_found_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same maps and gates as in float64, and nothing by chance; tokens paired at random find nothing."""
+    base, shape = make("llama", tmp_path / "base"), make("llama", tmp_path / "shape", seed=1, **LARGER["llama"])
+    host = expanded(base, shape, tmp_path / "host")
+    for folder in (base, host):
+        state = {name: x.bfloat16() for name, x in load_file(folder / "model.safetensors").items()}
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+    tokens, found = torch.arange(160), []
+    for kind in (torch.float32, torch.float64):
+        if kind == torch.float64:
+            monkeypatch.setattr(torch, "float32", torch.float64)
+        anchors = gather(body_of(host), body_of(base), tokens, tokens)
+        monkeypatch.undo()
+        found.append(maps_of(anchors, body_of(base), body_of(host)))
+    assert difference(found[0].writers_DS, found[1].writers_DS) < 1e-6 and found[0].gate > 0.999
+    assert found[0].gate == pytest.approx(found[1].gate, abs=1e-6) and found[0].write.chance < 0.05
+    mixed = torch.randperm(160, generator=torch.Generator().manual_seed(1))
+    assert maps_of(gather(body_of(host), body_of(base), tokens, mixed), body_of(base), body_of(host)).gate < 0.05
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt_neox"])
 def test_silent_parts_of_a_host_do_not_mislead_in_float32(kind: str, tmp_path: Path) -> None:
     """A host that was only grown: most of its slots hold nothing, and a quotient of two nothings is no number."""
@@ -180,6 +227,47 @@ def test_a_report_tells_what_moved(tmp_path: Path, yeam_process: Callable[..., A
         words in page for words in ("Moved updates", "same vocabulary", "Layer map", "Gates", "6 of 6", "56 of 56")
     )
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_injection_reaches_models_of_another_shape(tmp_path: Path, yeam_process: Callable[..., Any]) -> None:
+    """A base of another shape is that of the sources: their updates move into the target, layers and strength as asked for."""
+    base, shape = make("llama", tmp_path / "base"), make("llama", tmp_path / "shape", seed=1, **LARGER["llama"])
+    other = tuned(base)
+    host, wanted = expanded(base, shape, tmp_path / "host"), expanded(other, shape, tmp_path / "wanted")
+    state, target = load_file(host / "model.safetensors"), load_file(wanted / "model.safetensors")
+    done = yeam_process(
+        "inject", "--target", host, "--sources", other, "--base", base, "--budget", "10", "--out", tmp_path / "out"
+    )
+    assert done.returncode == 0 and "descends from the source" in done.stderr, done.stderr
+    assert difference(exact_logits(tmp_path / "out"), exact_logits(wanted)) < 1e-5
+    shown = yeam_process("inject", "--target", host, "--sources", other, "--base", base, "--dry-run")
+    assert shown.returncode == 0 and "moved as by `scale_up`" in shown.stderr
+    source = {"model": other, "base": base}
+    yeam.inject(host, [source], tmp_path / "half", budget=10.0, strength=0.5, layers="0-1")
+    half = load_file(tmp_path / "half/model.safetensors")
+    for name in (f"model.layers.{n}.mlp.down_proj.weight" for n in range(3)):
+        share = 0.5 if ".2." not in name else 0.0
+        assert torch.allclose(half[name], torch.lerp(state[name], target[name], share), atol=1e-7), name
+    for sources, options, words in (
+        ([source, other], {}, "no base is named"),
+        ([source], {"policy": "priority"}, "policy: sources of another shape"),
+        ([source], {"roles": "mlp,norm"}, "norm cannot be moved"),
+        ([source], {"strengths": [{"layers": 0, "strength": 0.5}]}, "strengths: sources of another shape"),
+        ([source], {"distill": REPOSITORY / "README.md"}, "no strength can be fitted"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            yeam.inject(host, sources, tmp_path / "none", **options)
+        assert error.value.remedy and not (tmp_path / "none").exists()
+
+
+def test_a_source_without_its_base_is_shown_another_way(tmp_path: Path) -> None:
+    """`align` and `graft` are named where they are legal, and only there."""
+    small, same = make("llama", tmp_path / "small"), make("llama", tmp_path / "same", seed=2)
+    large, gpt2 = make("llama", tmp_path / "large", seed=1, **LARGER["llama"]), make("gpt2", tmp_path / "gpt2")
+    for host, source, ways in ((small, same, {"align", "graft"}), (large, small, {"graft"}), (large, gpt2, set())):
+        with pytest.raises(UserError, match="needs the base") as error:
+            yeam.plan(recipe(host, source, None))
+        assert {word for word in ("align", "graft") if f"`{word}`" in (error.value.remedy or "")} == ways
 
 
 def test_rotary_speeds_of_gemma3_in_both_dialects(tmp_path: Path) -> None:

@@ -141,19 +141,29 @@ def with_words(folder: Path, scale: float = 0.1) -> Path:
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma3", "granite", "gpt2", "gpt_neox"])
 def test_words_move_exactly_into_a_descendant(kind: str, tmp_path: Path) -> None:
-    """Rows of embedding and head, in a larger shape, scrambled there, whatever the norms and factors of the family.
-
-    Beside LayerNorm's shift a change of a head's row is also a constant, for which a host has no place.
-    """
+    """Rows of embedding and head, in a larger shape, scrambled there, whatever the norms, shifts and factors of the family."""
     base, shape = make(kind, tmp_path / "base"), make(kind, tmp_path / "shape", seed=1, **LARGER[kind])
     other = with_words(tuned(base))
     host, wanted = expanded(base, shape, tmp_path / "host"), expanded(other, shape, tmp_path / "wanted")
     host = rewritten(host, scrambled(host))
     found = moved(host, base, other, parts=ATTENTION + MLP + EMBEDDING)
     after, target = exact_logits(rewritten(host, tensors(found))), exact_logits(wanted)
-    assert difference(after, target) < (1e-5 if body_of(base).traits.norm != "ln" else 0.01)
+    assert difference(after, target) < 1e-5
     plain = exact_logits(rewritten(host, tensors(moved(host, base, other))))
     assert difference(plain, target) > 0.02
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
+def test_an_update_moves_exactly_beside_shifts(kind: str, tmp_path: Path) -> None:
+    """Into the base itself in other coordinates, where weights have means that nothing reads, and rows that are embedding and head."""
+    base = make(kind, tmp_path / "base")
+    other = with_words(tuned(base))
+    host = rewritten(shutil.copytree(base, tmp_path / "host"), scrambled(base))
+    found = moved(host, base, other, parts=ATTENTION + MLP + EMBEDDING)
+    assert found.relation.tier == "same shape" and body_of(host).is_tied == (kind == "gpt2")
+    target = exact_logits(other)
+    assert difference(exact_logits(rewritten(host, tensors(found))), target) < 1e-6
+    assert difference(exact_logits(host), target) > 0.05
 
 
 def test_words_of_strangers_stay(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def align(
         "plugins": [{"align": settings}],
     }
     report = merge(recipe, out, **options)
-    stream_facts: dict[str, float] = {}
+    stream_facts: dict[str, Any] = {}
     layers: dict[int, dict[str, float]] = {}
     for tensor in report.tensors:
         for facts in tensor.get("inputs", {}).values():
@@ -71,4 +71,4 @@ def _survey(host: str, source: str, judge: str | None, stream: str) -> Alignment
         rotate = None if stream == "auto" else stream == "rotation"
         aligned = AlignedCheckpoint(bodies[1], bodies[0], judge=bodies[2] if judge else None, rotate=rotate)
         layers = [aligned.match(layer).summary() for layer in range(bodies[1].depth)]
-        return alignment_report(host, source, aligned.fit(), layers)
+        return alignment_report(host, source, aligned.fit, layers)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from yeam.report.merge_report import MergeReport
 
 Reference = str | os.PathLike[str]
+Source = Reference | Mapping[str, Reference]
 OPTIONS = (
     "policy", "strength", "strengths", "budget", "roles", "layers", "protect", "softness", "frames", "rounds", "seed"
 )  # fmt: skip
@@ -22,11 +23,11 @@ OPTIONS = (
 
 
 def inject_recipe(
-    target: Reference, sources: Sequence[Reference] | Reference, base: Reference | None = None, **options: Any
+    target: Reference, sources: Sequence[Source] | Source, base: Reference | None = None, **options: Any
 ) -> dict[str, Any]:
     """The recipe of an injection, for `yeam.plan` and `yeam.merge`. options: those of the plugin `inject`; None is the default."""
-    listed = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
-    settings: dict[str, Any] = {"sources": [os.fspath(source) for source in listed]}
+    listed = [sources] if isinstance(sources, str | os.PathLike | Mapping) else list(sources)
+    settings: dict[str, Any] = {"sources": [_reference(source) for source in listed]}
     if base is not None:
         settings["base"] = os.fspath(base)
     settings |= {name: _plain(value) for name, value in options.items() if value is not None}
@@ -39,7 +40,7 @@ def inject_recipe(
 
 def inject(
     target: Reference,
-    sources: Sequence[Reference] | Reference,
+    sources: Sequence[Source] | Source,
     out: Reference | None = None,
     *,
     base: Reference | None = None,
@@ -50,7 +51,8 @@ def inject(
     """Add what the sources have learned to the target, which keeps its progress, format, tokenizer and config.
 
     target, sources, base: references as in a recipe. base: the common ancestor; without it updates are source − target, which undo the
-    target's own, and little can be added. out: the folder to make, `./<target's name>-injected` by default. distill: text
+    target's own, and little can be added. Models of another size or family are moved into it, as by the plugin `scale_up`: `base` is then
+    theirs, or a source is a mapping `{model, base}`. out: the folder to make, `./<target's name>-injected` by default. distill: text
     files to which the strengths of layer groups are fitted first (see `yeam.distill`); `distill_progress` is called with (steps done,
     steps in all). options: those of the plugin `inject` (policy, strength, strengths, budget, roles, layers, protect, …) and of
     `yeam.merge` (device, memory, overwrite, guard, durable, distributed, …).
@@ -84,6 +86,12 @@ def inject(
     fitted = fit_strengths(recipe, [os.fspath(text) for text in texts], listener=distill_progress, **shared)
     report = merge(inject_recipe(target, sources, base, **settings, strengths=fitted.strengths), folder, **options)
     return replace(report, notes=[*report.notes, *fitted.notes])
+
+
+def _reference(source: Source) -> str | dict[str, str]:
+    if isinstance(source, Mapping):
+        return {name: os.fspath(value) for name, value in source.items()}
+    return os.fspath(source)
 
 
 def _plain(value: Any) -> Any:

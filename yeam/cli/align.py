@@ -59,16 +59,17 @@ def _show(report: AlignmentReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console, found = Console(), report.stream
     table = Table(title="mean cosine of what was matched")
-    for heading in ("layer", "heads", "by chance", "neurons", "lead over second best"):
+    for heading in ("layer", "heads", "by chance", "lead over second best", "neurons", "lead over second best"):
         table.add_column(heading, justify="right")
     for number, layer in enumerate(report.layers):
-        values = (layer[key] for key in ("head_score", "head_chance", "neuron_score", "neuron_margin"))
+        values = (layer[key] for key in ("head_score", "head_chance", "head_margin", "neuron_score", "neuron_margin"))
         table.add_row(str(number), *(f"{value:.3f}" for value in values))
     console.print(table)
     console.print(
-        f"stream: R² {report.stream['r2']:.3f} on held-out tokens, {report.stream['r2_by_chance']:.3f} by chance",
+        f"{found['tier']}, {found['anchors']:,} shared tokens; stream: R² {found['r2']:.3f} on held-out ones, "
+        f"{found['r2_by_chance']:.3f} by chance",
         highlight=False,
     )
     console.print(report.verdict, markup=False, highlight=False)

@@ -73,6 +73,11 @@ def fit_strengths(
     with ExitStack() as stack:
         pipeline = Pipeline(load_recipe(recipe), allow_nan=allow_nan)
         stack.callback(pipeline.close)
+        if all(job.method != "inject" for job in pipeline.plan.jobs):
+            raise UserError(
+                "no strength can be fitted: nothing is injected, or from sources of another shape than the target's",
+                "inject without --distill; --guard takes the strength back where the target would get worse",
+            )
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="yeam-distill-")))
         stack.enter_context(quiet())
         names = _models(recipe)

@@ -15,6 +15,7 @@ from yeam.methods import method_named
 from yeam.methods.inject import BUDGET
 from yeam.planning.jobs import Input, Job, Plan
 from yeam.planning.members import Member
+from yeam.plugins.inject_moved import inject_moved, moved_pairs
 from yeam.plugins.inject_rows import TokenRows
 from yeam.plugins.registry import PluginContext, plugin
 
@@ -22,6 +23,10 @@ METHOD = "inject"
 DEFAULT_ROLES = ("mlp", "attention")
 KNOWN_ROLES = tuple(role for role in (*GROUPS, *ROLES) if role != "buffer")
 _HEADS_OF_ROWS = ("q", "k", "v", "qkv", "kv")
+
+OTHER_SHAPE = (
+    "to move models of another shape or family into the target's, as `scale_up` does, name their own base as `base`"
+)
 
 Layers = tuple[int, int]
 
@@ -31,7 +36,7 @@ def inject(
     plan: Plan,
     context: PluginContext,
     *,
-    sources: Sequence[str] | str,
+    sources: Sequence[str | Mapping[str, str]] | str,
     base: str | None = None,
     policy: str = "union",
     strength: float = 1.0,
@@ -47,8 +52,10 @@ def inject(
 ) -> Plan:
     """The recipe's only model is the target; what the sources have learned over the base is added to it, off what it uses itself.
 
-    base: the common ancestor; without it updates are source − target. policy: `union`, `consensus` (only what the sources share) or
-    `priority` (in the order given). strength: 1 is the step that was measured to be safe. strengths: further factors for groups of
+    base: the common ancestor; without it updates are source − target. A base of another shape or family than the target's is that of
+    the sources, whose updates are then moved into the target as by `scale_up`; a source may also be `{model, base}`. policy: `union`,
+    `consensus` (only what the sources share) or `priority` (in the order given). strength: 1 is the step that was measured to be
+    safe. strengths: further factors for groups of
     layers, `{layers: 0-7, roles: [mlp], strength: 0.8}`; the first that fits a tensor counts. budget: the largest change of a
     tensor relative to its norm, by all sources together; a bound for unusual sources, as the step follows from how far they moved.
     roles, layers (`4-20`, both included): what is touched. protect, softness, frames, rounds, seed: as of the method `inject`.
@@ -58,7 +65,12 @@ def inject(
     how = _checked({**options, "strength": strength, "budget": budget, "seed": seed})
     wanted = _roles(roles)
     target = _target(plan, context)
-    team = _Team.of(target, sources, base, context)
+    if (pairs := moved_pairs(target, sources, base, context)) is not None:
+        depth = max((stack.count for stack in target.anatomy.stacks.values()), default=0)
+        given = {**options, "seed": seed, "strengths": list(strengths)}
+        return inject_moved(plan, context, pairs, given, how, wanted, _layers(layers, depth))
+    listed = sources if isinstance(sources, str) else [text for text in sources if isinstance(text, str)]
+    team = _Team.of(target, listed, base, context)
     depth = max((stack.count for stack in target.anatomy.stacks.values()), default=0)
     chosen = _layers(layers, depth)
     groups = [_group(entry, depth) for entry in strengths]
@@ -140,7 +152,7 @@ class _Team:
             raise CheckpointError(
                 f"{member.ref} ({member.anatomy.family}) has no {name}, which the target {self.target.ref} "
                 f"({self.target.anatomy.family}) has",
-                "inject from models of the target's architecture; for other families there is the plugin `scale_up`",
+                OTHER_SHAPE,
             )
         own, other = self.target.info(name), member.info(stored)
         axis = self.target.anatomy.tensors[name].vocab_axis
@@ -148,7 +160,7 @@ class _Team:
         if shapes[0] != shapes[1]:
             raise CheckpointError(
                 f"{name} is {list(own.shape)} in the target {self.target.ref} and {list(other.shape)} in {member.ref}",
-                "models of another shape are moved into the target's with the plugin `scale_up`",
+                OTHER_SHAPE,
             )
         return stored
 
@@ -160,7 +172,7 @@ def _check_kind(target: Member, member: Member) -> None:
     if own is not None and other is not None and own != other:
         raise CheckpointError(
             f"the target {target.ref} has {_said(own)}, {member.ref} has {_said(other)}",
-            "models of another shape are moved into the target's with the plugin `scale_up`",
+            OTHER_SHAPE,
         )
 
 

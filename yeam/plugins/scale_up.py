@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from yeam.errors import ConfigError
+from yeam.errors import CheckpointError, ConfigError
 from yeam.methods import method_named
 from yeam.planning.jobs import Input, Job, Plan
 from yeam.planning.members import Member
@@ -29,29 +29,53 @@ def scale_up(
 ) -> Plan:
     """The recipe's model is the host; each source `{model, base}` is read as the host plus the source's update, moved there.
 
-    strength: of every update; by default 1 where the host is the source's base, grown or in other coordinates, and 0.5 where it has
+    strength: of every update; by default 1 where the host is the source's base, grown or in other coordinates, and 0.6 where it has
     been trained on. budget: the most that a part of the host may change, relative to its norm. parts: `attention`, `mlp`, `embedding`
     (the rows of shared tokens, also of a head). method, parameters: how several moved updates are merged, with the host as base.
     Experts of the host each take what they match, routers stay. Raises ConfigError for sources without a base, CheckpointError
     for models that cannot be mapped.
+    """
+    names = [part.strip() for part in (parts.split(",") if isinstance(parts, str) else parts)]
+    return moved_into(
+        plan, context, _pairs(sources, plan, context), names,
+        strength=strength, budget=budget, method=method, parameters=parameters or {},
+    )  # fmt: skip
+
+
+def moved_into(
+    plan: Plan,
+    context: PluginContext,
+    pairs: Sequence[tuple[Member, Member]],
+    parts: Sequence[str],
+    *,
+    strength: float | None,
+    budget: float,
+    method: str,
+    parameters: Mapping[str, Any],
+    times: float = 1.0,
+    layers: tuple[int, int] | None = None,
+) -> Plan:
+    """The plan with the updates of (model, base) pairs moved into its only model; see `scale_up`.
+
+    times: what the strength, or its default, is multiplied by. layers: first and last one that is touched, embedding and head beside.
     """
     from yeam.transfer.body import Body
     from yeam.transfer.branches import ATTENTION, EMBEDDING, MLP
     from yeam.transfer.transported import TransportedCheckpoint
 
     groups = {"attention": ATTENTION, "mlp": MLP, "embedding": EMBEDDING}
-    names = [part.strip() for part in (parts.split(",") if isinstance(parts, str) else parts)]
-    if unknown := [part for part in names if part not in groups] or ([""] if not names else []):
+    if unknown := [part for part in parts if part not in groups] or ([""] if not parts else []):
         raise ConfigError(f"parts: {unknown[0]!r} is none of {', '.join(groups)}", "write `parts: [attention, mlp]`")
-    if not (strength is None or strength >= 0) or not budget >= 0:
+    if not (strength is None or strength >= 0) or not budget >= 0 or not times >= 0:
         raise ConfigError(
-            f"strength {strength} and budget {budget} cannot be negative", "a strength of 0 changes nothing"
+            f"strength {strength if strength is not None else times} and budget {budget} cannot be negative",
+            "a strength of 0 changes nothing",
         )
     host = _host(plan, context)
-    wanted = tuple(part for name in names for part in groups[name])
+    wanted = tuple(part for name in parts for part in groups[name])
     body = Body(host.checkpoint, host.anatomy, partial=True)
     moved: list[tuple[Member, TransportedCheckpoint]] = []
-    for model, base in _pairs(sources, context):
+    for model, base in pairs:
         checkpoint = TransportedCheckpoint(
             body,
             Body(base.checkpoint, base.anatomy, partial=True),
@@ -59,6 +83,7 @@ def scale_up(
             strength=strength,
             budget=budget,
             parts=wanted,
+            times=times,
         )
         label = f"{model.ref.short} − {base.ref.short} (moved into {host.ref.short})"
         if any(member.ref.label == label for member, _ in moved):
@@ -66,14 +91,15 @@ def scale_up(
         moved.append((context.add(label, checkpoint), checkpoint))
     remarks = dict.fromkeys(remark for _, checkpoint in moved for remark in checkpoint.remarks)
     plan = replace(plan, notes=(*plan.notes, *remarks))
-    if strength == 0 or budget == 0:
+    if strength == 0 or budget == 0 or times == 0:
         return plan
     weight = method_named(method).parameter("weight")
     values = {"weight": (1.0,) * len(moved)} if weight is not None and weight.required else {}
-    values |= parameters or {}
+    values |= parameters
 
     def job_with(job: Job) -> Job:
-        if job.role == "buffer" or not any(checkpoint.changes(job.name) for _, checkpoint in moved):
+        is_outside = layers is not None and job.layer is not None and not layers[0] <= job.layer <= layers[1]
+        if is_outside or job.role == "buffer" or not any(checkpoint.changes(job.name) for _, checkpoint in moved):
             return job
         inputs = tuple(Input(member.index, job.name) for member, _ in moved)
         work = host.info(inputs[0].tensor).dtype if host.info(inputs[0].tensor).dtype == "F64" else "F32"
@@ -96,7 +122,7 @@ def _host(plan: Plan, context: PluginContext) -> Member:
     return member
 
 
-def _pairs(sources: Sequence[Mapping[str, Any]], context: PluginContext) -> list[tuple[Member, Member]]:
+def _pairs(sources: Sequence[Mapping[str, Any]], plan: Plan, context: PluginContext) -> list[tuple[Member, Member]]:
     if not isinstance(sources, list | tuple) or not sources:
         raise ConfigError("`sources` names no model", "write `sources: [{model: …, base: …}]`")
     pairs = []
@@ -106,7 +132,28 @@ def _pairs(sources: Sequence[Mapping[str, Any]], context: PluginContext) -> list
         if source.get("base") is None:
             raise ConfigError(
                 f"{source['model']}: an update needs the base that the model was tuned from",
-                "add `base:`; for a model of the host's size there is the plugin `align`",
+                without_base(_host(plan, context), context.member(source["model"])),
             )
         pairs.append((context.member(source["model"]), context.member(source["base"])))
     return pairs
+
+
+def without_base(host: Member, model: Member) -> str:
+    """What can be done with a model whose base is not named, from headers alone."""
+    from yeam.transfer.aligned import check_alike
+    from yeam.transfer.body import Body
+    from yeam.transfer.grafted import check_graft
+
+    def is_legal(check: Callable[[Body, Body], None]) -> bool:
+        try:
+            check(*(Body(member.checkpoint, member.anatomy) for member in (host, model)))
+        except CheckpointError:
+            return False
+        return True
+
+    found = ["add `base:`"]
+    if is_legal(check_alike):
+        found.append("the plugin `align` brings a model of this shape into the host's coordinates, for any merge")
+    if is_legal(check_graft):
+        found.append("the plugin `graft` adds neurons of a model without a base")
+    return "; or: ".join(found)

@@ -26,8 +26,8 @@ def moved_pictures(tensors: Sequence[Mapping[str, Any]]) -> list[HeatMap]:
             continue
         layers = tuple(moved.layers)
         rows = {
-            "heads": "head_score", "heads, gate": "head_gate", "neurons": "neuron_score", "neurons, lead": "neuron_margin",
-            "neurons, gate": "neuron_gate",
+            "heads": "head_score", "heads, lead": "head_margin", "heads, gate": "head_gate", "neurons": "neuron_score",
+            "neurons, lead": "neuron_margin", "neurons, gate": "neuron_gate",
         }  # fmt: skip
         gates: dict[tuple[str, int | None], float] = {
             (row, n): max(0.0, facts[key])
@@ -79,13 +79,14 @@ def _streams(found: Sequence[Moved]) -> str:
 
 
 def _layers(moved: Moved) -> str:
-    head = ("layer", "from layer", "heads", "score", "gate", "neurons", "score", "lead", "gate", "largest step")
+    head = ("layer", "from layer", "heads", "score", "lead", "gate", "neurons", "score", "lead", "gate", "largest step")
     lines = []
     for n, f in moved.layers.items():
         step = max((value for (layer, _), value in moved.steps.items() if layer == n), default=0.0)
         numbers = [
-            shown(f[key], ".3f") for key in ("head_score", "head_gate", "neuron_score", "neuron_margin", "neuron_gate")
+            shown(f[key], ".3f")
+            for key in ("head_score", "head_margin", "head_gate", "neuron_score", "neuron_margin", "neuron_gate")
         ]
         heads, neurons = (f"{f[kind]:,} of {f[f'{kind}_of']:,}" for kind in ("heads", "neurons"))
-        lines.append((n, f["source_layer"], heads, *numbers[:2], neurons, *numbers[2:], f"{step:.3%}"))
+        lines.append((n, f["source_layer"], heads, *numbers[:3], neurons, *numbers[3:], f"{step:.3%}"))
     return table(head, lines)

@@ -32,10 +32,11 @@ class LayerAlignment:
     neurons: NeuronMatch
 
     def summary(self) -> dict[str, float]:
-        """Mean cosine of the matched heads' circuits and of all pairs', and mean score and lead of the matched neurons."""
+        """Mean cosine of the matched heads' circuits and of all pairs', mean score of the matched neurons, and the mean leads of both."""
         return {
             "head_score": float(self.heads.score_B.mean()) / 2,
             "head_chance": self.heads.null / 2,
+            "head_margin": float(self.heads.margin_B.mean()) / 2,
             "neuron_score": float(self.neurons.score_B.mean()) / 2,
             "neuron_margin": float(self.neurons.margin_B.mean()) / 2,
         }

@@ -41,8 +41,8 @@ class AlignedCheckpoint(Checkpoint):
     def __init__(self, source: Body, host: Body, *, judge: Body | None = None, rotate: bool | None = None) -> None:
         self._source, self._host, self._judge = source, host, judge or source
         self._rotate = may_rotate(source) if rotate is None else rotate
-        _check_alike(host, source)
-        _check_alike(source, self._judge)
+        check_alike(host, source)
+        check_alike(source, self._judge)
         check_tokens(host, self._judge)
         inner = source.checkpoint
         self.reference = f"{inner.reference} in the coordinates of {host.checkpoint.reference}"
@@ -94,15 +94,26 @@ class AlignedCheckpoint(Checkpoint):
     def facts(self, name: str) -> Mapping[str, Any] | None:
         """How the tensor's layer, or the stream, was matched."""
         if name in self._outer_of:
-            return self.fit()
+            return self.fit
         layer = self._layers.layer_of(name)
         found = None if layer is None else self._alignments.get(layer)
         return None if found is None else found.summary()
 
-    def fit(self) -> dict[str, float]:
-        """How well the stream's map predicts held-out tokens: r2, the same by chance, and the gate that follows."""
-        fit = self._stream[1]
-        return {"r2": fit.explained, "r2_by_chance": fit.chance, "gate": fit.gate}
+    @cached_property
+    def fit(self) -> dict[str, Any]:
+        """How the models relate, how many shared tokens tell it, and how well the stream's map predicts held-out ones: tier, anchors,
+        r2, the same by chance, and the gate that follows."""
+        from yeam.transfer.relation import TIERS, Relation
+        from yeam.transfer.stream import LEAST_GATE
+
+        fit, anchors = self._stream[1:]
+        tier = TIERS[4] if fit.gate <= LEAST_GATE else TIERS[1]
+        if Relation(self._host, self._judge).is_same:
+            tier = TIERS[0]
+        elif tier == TIERS[1] and vocabularies_differ(self._host.checkpoint.folder, self._judge.checkpoint.folder):
+            tier = TIERS[3]
+        found = {"tier": tier, "anchors": anchors}
+        return {**found, "r2": fit.explained, "r2_by_chance": fit.chance, "gate": fit.gate}
 
     def match(self, layer: int) -> LayerAlignment:
         """The gauge of a layer; reads that layer of the host and of the judge."""
@@ -119,8 +130,8 @@ class AlignedCheckpoint(Checkpoint):
         return here, there, align_layer(here, self._judge, there, self._host, rotation.to(self._dtype))
 
     @cached_property
-    def _stream(self) -> tuple[Rotation, Fit]:
-        """The change of the stream's coordinates, and how well it was judged to fit."""
+    def _stream(self) -> tuple[Rotation, Fit, int]:
+        """The change of the stream's coordinates, how well it was judged to fit, and on how many tokens."""
         from yeam.transfer.align import add_directions
         from yeam.transfer.anchors import Moments, gather
         from yeam.transfer.stream import LEAST_GATE, refined, rotation_of
@@ -128,12 +139,12 @@ class AlignedCheckpoint(Checkpoint):
         anchors = gather(self._host, self._judge, *shared_rows(self._host, self._judge))
         rotation, fit = rotation_of(anchors, self._judge, rotate=self._rotate)
         if not LEAST_GATE < fit.gate < EXACT:
-            return rotation, fit
+            return rotation, fit, anchors.tokens
         moments = Moments.zero(self._host.hidden, self._judge.hidden)
         for layer in range(self._judge.depth):
             here, there, gauge = self._matched(layer, rotation)
             add_directions(moments, here, self._judge, there, self._host, gauge.gauge)
-        return refined(anchors, moments, self._judge, rotate=self._rotate), fit
+        return refined(anchors, moments, self._judge, rotate=self._rotate), fit, anchors.tokens
 
     def _moved(self, layer: int) -> Parts:
         """The source's layer where the host has it."""
@@ -206,8 +217,8 @@ def _computed(info: TensorInfo) -> TensorInfo:
     return TensorInfo(info.name, "F32", info.shape)
 
 
-def _check_alike(host: Body, source: Body) -> None:
-    """Same layers, heads and neurons, and the same way of computing."""
+def check_alike(host: Body, source: Body) -> None:
+    """Raise CheckpointError unless both have the same layers, heads and neurons, and the same way of computing."""
     ours, theirs = source.checkpoint.reference, host.checkpoint.reference
     remedy = "aligning needs one architecture and size; `scale_up` moves updates between sizes"
     for what, value in (("layers", "depth"), ("hidden size", "hidden"), ("heads", "heads"), ("key/value heads", "kv_heads"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from yeam.transfer.body import Body
 from yeam.transfer.residual import gain
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BLOCK = 8192
@@ -48,11 +50,11 @@ class Moments:
         )
 
     def add(self, host_TD: Tensor, source_TS: Tensor) -> None:
-        host, source = host_TD.double(), source_TS.double()
-        self.cross_DS += host.T @ source
-        self.source_SS += source.T @ source
-        self.host_DD += host.T @ host
-        self.count += len(host)
+        """Products of rows in their own dtype, summed in float64."""
+        self.cross_DS += host_TD.T @ source_TS
+        self.source_SS += source_TS.T @ source_TS
+        self.host_DD += host_TD.T @ host_TD
+        self.count += len(host_TD)
 
     def add_alike(self, host_TD: Tensor, source_TS: Tensor) -> None:
         """Rows of a kind that has a scale of its own: both sides are brought to a mean squared length of 1."""
@@ -68,6 +70,11 @@ class Moments:
             self.host_DD + scale * other.host_DD,
             self.count + other.count,
         )
+
+    def over(self, host: float, source: float) -> Moments:
+        """Of the same rows, shorter by the roots of these factors."""
+        cross_DS = self.cross_DS / (host * source) ** 0.5
+        return Moments(cross_DS, self.source_SS / source, self.host_DD / host, self.count)
 
     def explained(self, matrix: Tensor, *, backward: bool = False) -> float:
         """R² of host ≈ matrix · source on these rows, or `backward` of source ≈ matrix · host, against predicting zero."""
@@ -120,54 +127,46 @@ def gather(host: Body, source: Body, host_rows_N: Tensor, source_rows_N: Tensor,
     import torch
 
     held_N = torch.arange(len(host_rows_N)) % HELD_OUT == HELD_OUT - 1
-    judging = host_rows_N[held_N], source_rows_N[held_N]
-    orders = [
-        torch.randperm(len(judging[0]), generator=torch.Generator().manual_seed(seed + i)) for i in range(SHUFFLES)
+    random = torch.Generator().manual_seed(seed)
+    zero = partial(Moments.zero, host.hidden, source.hidden)
+    out = Anchors(len(host_rows_N), zero(), zero(), [])
+    crosses = [torch.zeros_like(out.fit.cross_DS) for _ in range(SHUFFLES)]
+    # products of 16-bit numbers are exact in float32, in which they take half the time
+    sizes = [
+        body.checkpoint.tensors[slot.name].storage.itemsize for body in (host, source) for slot in body.outer.values()
     ]
-    out = Anchors(
-        len(host_rows_N),
-        Moments.zero(host.hidden, source.hidden),
-        Moments.zero(host.hidden, source.hidden),
-        [],
-    )
-    crosses = [torch.zeros_like(out.fit.cross_DS) for _ in orders]
+    dtype = torch.float32 if max(sizes) <= 2 else torch.float64
     for part in ("embedding", "head"):
-        square_host, square_source = _mean_square(host, part, host_rows_N), _mean_square(source, part, source_rows_N)
-        if square_host == 0 or square_source == 0:
+        fit, held, mixed = zero(), zero(), [torch.zeros_like(out.fit.cross_DS) for _ in crosses]
+        for is_held, moments in ((False, fit), (True, held)):
+            rows = [rows_N[held_N == is_held] for rows_N in (host_rows_N, source_rows_N)]
+            both = (token_rows(body, part, rows_N, dtype) for body, rows_N in zip((host, source), rows))
+            for host_TD, source_TS in zip(*both):
+                moments.add(host_TD, source_TS)
+                for cross_DS in mixed if is_held else ():
+                    cross_DS += host_TD[torch.randperm(len(host_TD), generator=random)].T @ source_TS
+        traces = [float(getattr(fit, side).trace() + getattr(held, side).trace()) for side in ("host_DD", "source_SS")]
+        if 0 in traces:
             out.notes.append(f"the {part} of a model is zero and anchors nothing")
             continue
+        squares = traces[0] / out.tokens, traces[1] / out.tokens
         if part == "embedding":
-            out.scale = (square_host / square_source) ** 0.5
-
-        def pairs(
-            host_N: Tensor,
-            source_N: Tensor,
-            part: str = part,
-            scales: tuple[float, float] = (square_host, square_source),
-        ) -> Iterator[tuple[Tensor, Tensor]]:
-            for host_TD, source_TS in zip(token_rows(host, part, host_N), token_rows(source, part, source_N)):
-                yield host_TD / scales[0] ** 0.5, source_TS / scales[1] ** 0.5
-
-        for host_TD, source_TS in pairs(host_rows_N[~held_N], source_rows_N[~held_N]):
-            out.fit.add(host_TD, source_TS)
-        for host_TD, source_TS in pairs(*judging):
-            out.held_out.add(host_TD, source_TS)
-        for cross_DS, order in zip(crosses, orders):
-            for host_TD, source_TS in pairs(judging[0][order], judging[1]):
-                cross_DS += host_TD.T @ source_TS
-    held = out.held_out  # shuffled pairs are of the same rows: only what is between the two sides differs
-    out.shuffled += [Moments(cross_DS, held.source_SS, held.host_DD, held.count) for cross_DS in crosses]
+            out.scale = (squares[0] / squares[1]) ** 0.5
+        out.fit, out.held_out = out.fit.plus(fit.over(*squares)), out.held_out.plus(held.over(*squares))
+        crosses = [known + each / (squares[0] * squares[1]) ** 0.5 for known, each in zip(crosses, mixed)]
+    judge = out.held_out  # shuffled pairs are of the same rows: only what is between the two sides differs
+    out.shuffled += [Moments(cross_DS, judge.source_SS, judge.host_DD, judge.count) for cross_DS in crosses]
     return out
 
 
-def token_rows(body: Body, part: str, rows_N: Tensor) -> Iterator[Tensor]:
-    """Rows of the embedding, or of the head with the final norm's gain, as directions of the stream; float64 blocks."""
+def token_rows(body: Body, part: str, rows_N: Tensor, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """Rows of the embedding, or of the head with the final norm's gain, as directions of the stream; blocks, float64 by default."""
     import torch
 
     gain_D = None
     if part == "head" and "final_norm" in body.outer:
-        gain_D = gain(body.around("final_norm", dtype=torch.float64)["final_norm"], body)
-    for read_TD in stored_rows(body, part, rows_N):
+        gain_D = gain(body.around("final_norm", dtype=dtype or torch.float64)["final_norm"], body)
+    for read_TD in stored_rows(body, part, rows_N, dtype):
         if gain_D is not None:
             read_TD *= gain_D
         if body.traits.norm == "ln":
@@ -175,20 +174,20 @@ def token_rows(body: Body, part: str, rows_N: Tensor) -> Iterator[Tensor]:
         yield read_TD
 
 
-def stored_rows(body: Body, part: str, rows_N: Tensor) -> Iterator[Tensor]:
-    """Rows of `embedding` or `head` as they are stored, float64 blocks; a tied head is the embedding."""
+def stored_rows(body: Body, part: str, rows_N: Tensor, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """Rows of `embedding` or `head` as they are stored, in blocks, float64 by default; a tied head is the embedding."""
     import torch
 
     slot = body.outer["embedding" if body.is_tied else part]
     info = body.checkpoint.tensors[slot.name]
     width = info.shape[-1]
     for rows_T in torch.split(rows_N, BLOCK):
-        read_TD = torch.empty(len(rows_T), width, dtype=torch.float64)
+        read_TD = torch.empty(len(rows_T), width, dtype=dtype or torch.float64)
         ordered, places = rows_T.sort()
         for first, last in _runs(ordered):
             block = body.checkpoint.read(slot.name, int(ordered[first]) * width, (int(ordered[last - 1]) + 1) * width)
             values = block.view(-1, width)[ordered[first:last] - ordered[first]]
-            read_TD[places[first:last]] = values.double()
+            read_TD[places[first:last]] = values.to(read_TD.dtype)
         yield read_TD
 
 
@@ -197,8 +196,3 @@ def _runs(ordered: Tensor, gap: int = 64) -> Iterator[tuple[int, int]]:
     breaks = ((ordered[1:] - ordered[:-1]) > gap).nonzero()[:, 0] + 1
     edges = [0, *breaks.tolist(), len(ordered)]
     yield from pairwise(edges)
-
-
-def _mean_square(body: Body, part: str, rows_N: Tensor) -> float:
-    total = sum(float(block.square().sum()) for block in token_rows(body, part, rows_N))
-    return total / max(len(rows_N), 1)

@@ -22,21 +22,22 @@ PRIOR = 0.67  # of likeness for a shift by the whole depth: a shift of 15 % need
 
 
 def sketch(layer: Effective, width: int) -> list[Tensor]:
-    """The four Gram matrices of a layer, in the stream of width D, each times one random matrix, float64 [D, C]."""
+    """The four Gram matrices of a layer, in the stream of width D, each times one random matrix, in the layer's dtype [D, C]."""
     import torch
 
     random_DC = torch.randn(width, COLUMNS, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    random_DC = random_DC.to(layer.up_ID.dtype)
     r = len(layer.q_HED) // max(len(layer.k_KED), 1)
 
     def gram(rows: Tensor | None) -> Tensor:
         if rows is None:
             return torch.zeros_like(random_DC)
-        x = rows[..., :width].flatten(0, -2).double()
+        x = rows[..., :width].flatten(0, -2)
         return x.T @ (x @ random_DC)
 
     moved = torch.zeros_like(random_DC)
     for head, o_ED in enumerate(layer.o_HED):
-        o, v = o_ED.double(), layer.v_KED[head // r, :, :width].double()
+        o, v = o_ED, layer.v_KED[head // r, :, :width]
         moved += o.T @ (v @ (v.T @ (o @ random_DC)))
     return [gram(layer.gate_ID) + gram(layer.up_ID), gram(layer.down_ID), gram(layer.k_KED), moved]
 
@@ -46,7 +47,7 @@ def likeness(sources: list[list[Tensor]], hosts: list[list[Tensor]]) -> Tensor:
     import torch
 
     def cosine(one: list[Tensor], other: list[Tensor]) -> float:
-        found = [float((a * b).sum()) for a, b in zip(one, other) if a.any() and b.any()]
+        found = [float(a.flatten() @ b.flatten()) for a, b in zip(one, other) if a.any() and b.any()]
         return sum(found) / max(len(found), 1)
 
     return torch.tensor([[cosine(s, h) for h in hosts] for s in sources], dtype=torch.float64)
@@ -108,4 +109,4 @@ def _sketched(
             continue
         grams = sketch(effective(parts, body, *(turned or ())), width)
         total = [a + b for a, b in zip(total, grams)] if total else grams
-    return [g / g.norm().clamp(min=1e-300) for g in total]
+    return [g / g.norm().clamp(min=1e-30) for g in total]

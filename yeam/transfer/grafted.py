@@ -42,7 +42,7 @@ class GraftedCheckpoint(Checkpoint):
 
         self._host, self._donor, self._base = host, donor, base
         self._strength = strength
-        _check(host, donor, base)
+        check_graft(host, donor, base)
         check_tokens(host, base or donor)
         width = host.shape(0, "up")[0]
         self.added = -(-(width + neurons) // GROUP) * GROUP - width
@@ -219,7 +219,8 @@ def _is_mlp(part: str) -> bool:
     return part.removesuffix(".bias") in ("gate", "up", "down") and part != "down.bias"
 
 
-def _check(host: Body, donor: Body, base: Body | None) -> None:
+def check_graft(host: Body, donor: Body, base: Body | None = None) -> None:
+    """Raise CheckpointError where neurons of the donor have no place in the host."""
     ours, theirs = donor.checkpoint.reference, host.checkpoint.reference
     widths = {host.shape(layer, "up")[0] for layer in range(host.depth)}
     if len(widths) > 1:

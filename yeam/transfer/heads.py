@@ -27,12 +27,14 @@ LEAST_NORM = 1e-15  # of what is silent; the product of two of them is still a n
 @dataclass
 class HeadMatch:
     """For each host head and group the source's (−1: none), and the cosines of their circuits, between −2 and 2, for the matched
-    heads (`score_B`) and on average over all pairs (`null`)."""
+    heads (`score_B`) and on average over all pairs (`null`); `margin_B`: the lead over the best other head of the source, below 0
+    where that would match better by itself."""
 
     heads_B: Tensor
     groups_L: Tensor
     score_B: Tensor
     null: float
+    margin_B: Tensor
 
     @classmethod
     def none(cls) -> HeadMatch:
@@ -40,7 +42,7 @@ class HeadMatch:
         import torch
 
         empty = torch.zeros(0, dtype=torch.int64)
-        return cls(empty, empty, empty.float(), 0.0)
+        return cls(empty, empty, empty.float(), 0.0, empty.float())
 
 
 def circuit_scores(source: Effective, host: Effective, source_body: Body, host_body: Body, planes: Planes) -> Tensor:
@@ -91,7 +93,12 @@ def match_heads(score_AB: Tensor, source_groups: int, host_groups: int) -> HeadM
     taken = (heads_B >= 0).nonzero()[:, 0]
     score_B = torch.zeros(slots, dtype=score_AB.dtype)
     score_B[taken] = score_AB[heads_B[taken], taken]
-    return HeadMatch(heads_B, groups_L, score_B, float(score_AB.mean()))
+    others_AB = score_AB.clone()
+    others_AB[heads_B[taken], taken] = float("-inf")
+    margin_B = torch.zeros_like(score_B)
+    if heads > 1:
+        margin_B[taken] = score_B[taken] - others_AB.max(dim=0).values[taken]
+    return HeadMatch(heads_B, groups_L, score_B, float(score_AB.mean()), margin_B)
 
 
 def _ov(a: Effective, b: Effective) -> Tensor:

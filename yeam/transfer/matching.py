@@ -43,6 +43,7 @@ class LayerMatch:
         return {
             "heads": int(heads.sum()),
             "head_score": mean(self.heads.score_B, heads) / PERFECT,
+            "head_margin": mean(self.heads.margin_B, heads) / PERFECT,
             "head_gate": mean(self.head_gate_B, heads),
             "neurons": int(neurons.sum()),
             "neuron_score": mean(self.neurons.score_B, neurons) / PERFECT,

@@ -13,7 +13,7 @@ from yeam.transfer.relation import TIERS
 from yeam.transfer.stream import LEAST_GATE
 
 STREAM = ("tier", "anchors", "write_r2", "write_chance", "read_r2", "read_chance", "stream_gate", "strength")
-HEADS = ("heads", "heads_of", "head_score", "head_gate")
+HEADS = ("heads", "heads_of", "head_score", "head_margin", "head_gate")
 NEURONS = ("neurons", "neurons_of", "neuron_score", "neuron_margin", "neuron_gate")
 LAYER = ("source_layer", *HEADS, *NEURONS)
 
@@ -94,7 +94,7 @@ def moved_updates(tensors: Sequence[Mapping[str, Any]]) -> list[Moved]:
             known["source_layer"] = facts["source_layer"]
             for keys, of in ((HEADS, "heads_of"), (NEURONS, "neurons_of")):
                 if facts[of] and (not known[of] or facts[keys[-1]] > known[keys[-1]]):
-                    known.update({key: facts[key] for key in keys})
+                    known.update({key: facts.get(key) for key in keys})
     return [
         Moved(name, stream, dict(sorted(layers.get(name, {}).items())), steps.get(name, {}))
         for name, stream in streams.items()

@@ -14,7 +14,7 @@ from yeam.transfer.heads import LEAST_NORM
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 2048  # rows of the score matrix at a time
+BLOCK = 1 << 23  # scores at a time
 DENSE = 16_384  # neurons that are assigned at once; more go in blocks
 
 
@@ -40,8 +40,7 @@ def match_neurons(source: Effective, host: Effective) -> NeuronMatch:
         return NeuronMatch(
             torch.full((scores.slots,), -1), torch.full((scores.slots,), float("-inf")), torch.zeros(scores.slots)
         )
-    best_A, _, _ = scores.best(flip=False)
-    best_B, first_B, second_B = scores.best(flip=True)
+    best_A, best_B, first_B, second_B = scores.best()
     neurons_B = torch.full((scores.slots,), -1)
     mutual = best_A[best_B] == torch.arange(scores.slots)
     neurons_B[mutual] = best_B[mutual]
@@ -94,21 +93,24 @@ class _Scores:
         cosines = [None if unit is None else (unit[0][rows] * unit[1][slots]).sum(1) for unit in self._unit]
         return _score(*cosines)
 
-    def best(self, *, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """For each source neuron, or host neuron with `flip`: its best partner, that score, and the second best score."""
+    def best(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Each source neuron's best partner [A], each host neuron's [B], and the best and second best score of the latter [B]."""
         import torch
 
-        count, others = (self.slots, self.count) if flip else (self.count, self.slots)
-        everyone = torch.arange(others)
-        index, first, second = [], [], []
-        for at in range(0, count, BLOCK):
-            some = torch.arange(at, min(at + BLOCK, count))
-            block = self.block(everyone, some).T if flip else self.block(some, everyone)
-            top = block.topk(min(2, others), dim=1)
-            index.append(top.indices[:, 0])
-            first.append(top.values[:, 0])
-            second.append(top.values[:, -1])
-        return torch.cat(index), torch.cat(first), torch.cat(second)
+        slots, width = torch.arange(self.slots), min(2, self.count)
+        best_A = torch.empty(self.count, dtype=torch.int64)
+        top_2B = torch.full((width, self.slots), float("-inf"))
+        index_2B = torch.zeros(width, self.slots, dtype=torch.int64)
+        step = max(64, BLOCK // self.slots)
+        for at in range(0, self.count, step):
+            rows = torch.arange(at, min(at + step, self.count))
+            block = self.block(rows, slots)
+            best_A[rows] = block.argmax(dim=1)
+            here = block.topk(min(width, len(rows)), dim=0)
+            known = torch.cat([top_2B, here.values]), torch.cat([index_2B, here.indices + at])
+            top_2B, chosen = known[0].topk(width, dim=0)
+            index_2B = known[1].gather(0, chosen)
+        return best_A, index_2B[0], top_2B[0], top_2B[-1]
 
 
 def _score(gate: Tensor | None, up: Tensor | None, down: Tensor | None) -> Tensor:

@@ -280,7 +280,7 @@ def _ridge_map(anchors_NC: Tensor, pattern: Pattern) -> Tensor:
 
     moments = Moments.zero(anchors_NC.shape[1], pattern.width)
     for place, donor_BD in pattern.anchors.blocks():
-        moments.add(anchors_NC[place], donor_BD)
+        moments.add(anchors_NC[place].double(), donor_BD.double())
     return moments.ridge(MAP_RIDGE).T.float().contiguous()
 
 

@@ -13,12 +13,13 @@ from yeam.transfer.stream import LEAST_GATE
 
 @dataclass(frozen=True)
 class AlignmentReport:
-    """Host and source; `stream`: r2 on held-out tokens, r2_by_chance and gate (0 to 1); `layers`: for each layer the mean cosine of
-    matched heads' circuits and of matched neurons, their chance level or lead (see `LayerAlignment.summary`); `verdict`."""
+    """Host and source; `stream`: tier (see `relation.TIERS`), anchors (shared tokens), r2 on held-out ones, r2_by_chance and gate (0 to 1);
+    `layers`: for each layer the mean cosine of matched heads' circuits and of matched neurons, their chance level and leads (see
+    `LayerAlignment.summary`); `verdict`."""
 
     host: str
     source: str
-    stream: Mapping[str, float]
+    stream: Mapping[str, Any]
     layers: Sequence[Mapping[str, float]]
     verdict: str
 
@@ -28,13 +29,13 @@ class AlignmentReport:
 
 
 def alignment_report(
-    host: str, source: str, stream: Mapping[str, float], layers: Sequence[Mapping[str, float]]
+    host: str, source: str, stream: Mapping[str, Any], layers: Sequence[Mapping[str, float]]
 ) -> AlignmentReport:
     """The report of these facts (those of `AlignedCheckpoint.facts`)."""
     return AlignmentReport(host, source, dict(stream), [dict(layer) for layer in layers], _verdict(stream, layers))
 
 
-def _verdict(stream: Mapping[str, float], layers: Sequence[Mapping[str, float]]) -> str:
+def _verdict(stream: Mapping[str, Any], layers: Sequence[Mapping[str, float]]) -> str:
     heads = _mean(layer["head_score"] for layer in layers)
     neurons = _mean(layer["neuron_score"] for layer in layers)
     if stream["gate"] < LEAST_GATE:

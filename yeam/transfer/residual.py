@@ -41,6 +41,13 @@ def weight_of(gain_D: Tensor, body: Body) -> Tensor:
     return gain_D - 1 if body.traits.norm == "rms1p" else gain_D
 
 
+def visible(rows_TD: Tensor, gain_D: Tensor, body: Body) -> Tensor:
+    """Rows that read a norm of that gain, without what a LayerNorm hides from them: a multiple of 1 / gain."""
+    if body.traits.norm != "ln" or not bool(gain_D.all()):
+        return rows_TD
+    return rows_TD - (rows_TD * gain_D).mean(1, keepdim=True) / gain_D
+
+
 def only_permutes(body: Body) -> bool:
     """Whether the family's norms leave no other change of the residual stream than signed permutations."""
     return body.traits.placement != "pre"

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from yeam.checkpoint import Checkpoint, TensorInfo
-from yeam.transfer.body import Body, Parts, Slot
+from yeam.transfer.body import READERS, Body, Parts, Slot
 from yeam.transfer.branches import ATTENTION, EMBEDDING, MLP, belongs, kind_of
 from yeam.transfer.layers import LayerCache
 from yeam.transfer.movable import check_movable
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 BLOCK = 1 << 21  # elements whose lengths are taken at a time
 
 # the strength for a host that was trained on: gains grow more slowly than what the host forgets (tests/benchmarks/lineage.py)
-RELATED = 0.5
+RELATED = 0.6
 
 NORM_KIND = {"attn_norm": ATTENTION, "q_norm": ATTENTION, "k_norm": ATTENTION, "attn_post_norm": ATTENTION,
              "mlp_norm": MLP, "mlp_post_norm": MLP}  # fmt: skip
@@ -39,22 +39,31 @@ class TransportedCheckpoint(Checkpoint):
     """`host` plus strength · what `tuned` has learned over `base`. Tensors are the host's, float32 (float64 for float64).
 
     parts: which of ATTENTION, MLP and EMBEDDING are changed. strength: None for 1 where the host is the base, in other coordinates or
-    grown, and RELATED where it has learned something of its own, which a whole update would partly undo. budget: the most that a
-    part may change, relative to its norm; nor does it change more than the update changed its origin. Where tokens show no relation
+    grown, and RELATED where it has learned something of its own, which a whole update would partly undo; either one is multiplied by
+    `times`. budget: the most that a part may change, relative to its norm; nor does it change more than the update changed its
+    origin. Where tokens show no relation
     between the streams nothing is changed.
     Memory: two layers of the host in float32, while a layer is made three more and three of the source, and D×S maps.
     Raises CheckpointError for a source wider than the host, or models whose way of computing cannot be mapped.
     """
 
     def __init__(
-        self, host: Body, base: Body, tuned: Body, *, strength: float | None, budget: float, parts: Sequence[str]
+        self,
+        host: Body,
+        base: Body,
+        tuned: Body,
+        *,
+        strength: float | None,
+        budget: float,
+        parts: Sequence[str],
+        times: float = 1.0,
     ) -> None:
         from yeam.transfer.aligned import check_tokens
 
         self._parts_wanted, self.remarks = check_movable(host, base, tuned, parts)
         check_tokens(host, base)
         self._host, self._base, self._tuned = host, base, tuned
-        self._strength, self._budget = strength, budget
+        self._strength, self._budget, self._times = strength, budget, times
         self.relation = Relation(host, base)
         inner = host.checkpoint
         self.reference = f"{tuned.checkpoint.reference} moved into {inner.reference}"
@@ -96,7 +105,7 @@ class TransportedCheckpoint(Checkpoint):
 
     def fingerprint(self) -> str:
         prints = [b.checkpoint.fingerprint() for b in (self._host, self._base, self._tuned)]
-        text = repr(("transported", prints, self._strength, self._budget, self._parts_wanted))
+        text = repr(("transported", prints, self._strength, self._times, self._budget, self._parts_wanted))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def natural_dtype(self, name: str) -> str:
@@ -148,8 +157,8 @@ class TransportedCheckpoint(Checkpoint):
     def strength(self) -> float:
         """Of the update; the default is known once the models have been compared."""
         if self._strength is not None:
-            return self._strength
-        return 1.0 if self.relation.is_whole else RELATED
+            return self._strength * self._times
+        return (1.0 if self.relation.is_whole else RELATED) * self._times
 
     def _dtype_of(self, name: str) -> Any:
         return self.tensors[name].storage.torch
@@ -208,16 +217,34 @@ class TransportedCheckpoint(Checkpoint):
         `origin` is what the update was learned on, moved likewise: where the host's part is smaller than that, the update
         shrinks with it, so that it never changes the host more than it changed its origin; nor more than the budget.
         """
-        for part, value in update.items():
-            own, before, length = (float(x[part].norm()) for x in (host, origin, update))
-            name = slots[part].name
-            factor, step = self._factor(own, before, length)
-            value *= factor
+        has_shift = any(part.endswith("norm.bias") for part in slots)
+        factors: dict[str, float] = {}
+        for part, value in sorted(update.items(), key=lambda item: item[0].endswith(".bias")):
+            before, length = float(origin[part].norm()), float(value.norm())
+            own = float(self._compared(part, host).norm())
+            name, weight = slots[part].name, part.removesuffix(".bias")
+            if part != weight and has_shift and weight in READERS and weight in factors:
+                # beside a norm's shift what a bias holds depends on the weight's mean, which nothing sees: the two belong together
+                factors[part], step = self._bounded(factors[weight] if own > 0 else 0.0, own, length)
+            else:
+                factors[part], step = self._factor(own, before, length)
+            value *= factors[part]
             self._steps[name] = max(step, self._steps.get(name, 0.0))
+
+    def _compared(self, part: str, parts: Parts) -> Tensor:
+        """A part of the host as far as an origin can be like it."""
+        from yeam.transfer.residual import gain, norm_of, visible
+
+        through = norm_of(self._host, part, parts) if part in READERS else None
+        return parts[part] if through is None else visible(parts[part], gain(parts[through], self._host), self._host)
 
     def _factor(self, own: float, before: float, length: float) -> tuple[float, float]:
         """What to multiply an update by, and its step relative to the host's part then."""
-        factor = self.strength * self.relation.maps.gate * (min(1.0, own / before) if before > 0 else 0.0)
+        share = min(1.0, own / before) if before > 0 else 0.0
+        return self._bounded(self.strength * self.relation.maps.gate * share, own, length)
+
+    def _bounded(self, factor: float, own: float, length: float) -> tuple[float, float]:
+        """The factor within the budget, and the step."""
         step = factor * length / own if own > 0 else 0.0
         return (factor * self._budget / step, self._budget) if step > self._budget else (factor, step)
 
