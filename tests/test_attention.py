@@ -208,10 +208,15 @@ def test_the_merged_function_does_not_depend_on_coordinates(tmp_path: Path, labe
         assert (ours - expected).abs().max() > 1e-4 * ours.abs().max()
 
 
-def test_rays_and_length_by_formula(tmp_path: Path) -> None:
-    """Under norms of q and k there is no freedom: q and k are the rays of their planes, as long as the law says."""
+@pytest.mark.parametrize("frames", ["none", 256])
+def test_rays_frames_and_length_by_formula(tmp_path: Path, frames: str | int) -> None:
+    """Under norms of q and k there is no freedom: q and k are the rays of their planes, flattened head by head but for what rounding
+    left of the sources, as long as the law says."""
     base, a, b = save_family(tmp_path, "norms")
-    yeam.merge(recipe(base, a, b, frames="none", softness=2.0), tmp_path / "out")
+    for folder in (a, b):
+        short = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+        save_file(short, folder / "model.safetensors", {"format": "pt"})
+    yeam.merge({**recipe(base, a, b, frames=frames, softness=2.0), "out_dtype": "float64"}, tmp_path / "out")
     x, *sources = (load_file(folder / "model.safetensors") for folder in (base, a, b))
     out = load_file(tmp_path / "out" / "model.safetensors")
     prefix = "model.layers.1.self_attn."
@@ -227,17 +232,32 @@ def test_rays_and_length_by_formula(tmp_path: Path) -> None:
         q_name: point[..., :2].permute(0, 1, 4, 2, 3).reshape(x[q_name].shape),
         k_name: point[..., 2:].mean(1).permute(0, 3, 1, 2).reshape(x[k_name].shape),
     }
-    for name, raw in points.items():
+    for name, point in points.items():
         deltas = torch.stack([source[name] - x[name] for source in sources]).flatten(1)
         norms = deltas.norm(dim=1)
         total = (deltas @ deltas.T).sum() / norms.square().sum()
         alpha = 1 - (total - 1).clamp(0, 1)
+        total_update = deltas.sum(0)
+        departure = point.square().sum() - (total_update @ point.flatten()) ** 2 / total_update.square().sum()
+        rounding = 2 * 0.154 * 4.0**-8 * x[name].square().sum()
+        noise = (rounding + (1 + (8 / 32) ** 0.5) ** 2 * departure) / len(point)
+        heads = point.view(-1, 8, 32)
+        values, axes = torch.linalg.eigh(heads @ heads.mT)
+        power = (((1 - noise / values).clamp(min=0.01) / values) ** (alpha / 2))[:, None] if frames == 256 else 1.0
+        flat = axes * power @ axes.mT @ heads
+        raw = (flat * heads.flatten(1).norm(dim=1)[:, None, None] / flat.flatten(1).norm(dim=1)[:, None, None]).view(
+            x[name].shape
+        )
         hat = raw / raw.norm() * norms.mean()
-        progress = ((deltas @ hat.flatten()) / norms.square()).mean()
-        law = (0.47 * (progress * x[name].norm() / norms.mean()).sqrt()) ** alpha
+        progress = (deltas @ hat.flatten()).sum() / norms.square().sum()
+        displacement = norms.max() / x[name].norm()
+        law = (
+            max(1.4 * progress / total.clamp(min=1) / displacement**0.25, 0.13 * progress**0.5 / displacement) ** alpha
+        )
         bound = 2 * raw.norm() / norms.mean()
-        step = min(law, bound)
-        step = 1 / progress if step * progress >= 1 else min((step / progress).sqrt(), bound)
+        step = min(law, bound, 1 / progress)
+        if name == q_name:
+            step = min((step / progress).sqrt(), bound)
         torch.testing.assert_close(out[name] - x[name], hat * step, rtol=1e-9, atol=1e-12)
 
 

@@ -232,9 +232,10 @@ def circuit_norms(outer_GHdd: Tensor, inner_Gdd: Tensor, *, rotary: int) -> Tens
 
 
 def score_length(moments: Moments, *, alpha: float, progress: float) -> float:
-    """The factor on X̂ for q and k: the geometric mean of the step that `step_length` takes and the sources' progress 1/p.
+    """The factor on X̂ for q: the geometric mean of the step that `step_length` takes and the sources' progress 1/p.
 
-    Scores pass through a softmax, which forgives interference: measured, their updates may be followed further.
+    Scores pass through a softmax, which forgives interference: measured, a score may be followed further. One of the two that
+    make it is enough: k, which several heads share, lost where it was followed as far.
     """
     scale = step_length(moments, alpha=alpha, progress=progress)
     if progress <= 0:

@@ -16,13 +16,12 @@ from yeam.methods.attention_circuits import (
     STEP_BYTES,
     NotFinite,
     computed,
-    head_grams,
-    record_heads,
     resolved,
     steps_of,
     updates,
 )
 from yeam.methods.attention_parts import WEIGHTS, Circuit, Parts, blocks, index_of
+from yeam.methods.attention_report import head_grams, record_heads
 from yeam.methods.inputs import Inputs
 from yeam.methods.registry import PerSource, Whole, merge_method
 from yeam.methods.yeam import ROUNDS, Frames
@@ -43,7 +42,8 @@ def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
         return working
     held = 4 * circuit.width * sum(circuit.places[part].rows for part in computed(circuit))
     frames: Frames = values["frames"]
-    sides = circuit.heads * circuit.head_dim, circuit.width
+    heads = 1 if {*circuit.made} <= {"q", "k"} else circuit.heads
+    sides = heads * circuit.head_dim, circuit.width
     if frames == "none":
         return held + working
     return held + max(working, 16 * (min(sides) ** 2 if frames == "spectral" else max(sides) * frames))
@@ -57,7 +57,7 @@ def attention_circuit(
     weight: PerSource[float] = (1.0,),
     heads: Heads = "resolve",
     strength: float = 1.0,
-    softness: Annotated[float, Gt(0)] = 4.0,
+    softness: Annotated[float, Gt(0)] = 32.0,
     frames: Frames = 256,
     rounds: Annotated[int, Ge(1)] | None = None,
     seed: int = 0,
@@ -66,8 +66,8 @@ def attention_circuit(
 
     circuit: the attention's shape and where its parts lie, as `Circuit.to_dict` writes it. weight: of each source's update.
     heads: `resolve` (rays and frames), `best` (each group of heads whole from the source whose update agrees most strongly with
-    all of them) or `mean`. strength: of the merged update. softness, frames, rounds, seed: as in `yeam`.
-    A single source is followed exactly. Yields the output in tiles.
+    all of them) or `mean`. strength: of the merged update. softness, frames, rounds, seed: as in `yeam`; frames of q and k lie within
+    a head. A single source is followed exactly. Yields the output in tiles.
     """
     parts = Parts(inputs, Circuit.from_dict(circuit))
     if inputs.K == 1:

@@ -1,4 +1,9 @@
-"""Attention resolved circuit by circuit: rays for a few groups at a time, frames over a whole part, then its length.
+"""Attention resolved circuit by circuit: rays for a few groups at a time, frames over each head of q and k and over the whole of v
+and o, then the length.
+
+Every head of q and k has a softmax of its own, so frames flatten its update by itself and leave it its length. What the heads of v and
+o do is added up in one residual stream, so frames see all of them together. Either one for the other was measured to keep less of the
+sources.
 
 Legend: K sources, G key/value groups of a step, H query heads of a group, d dimensions of a head, N axes of the residual stream,
 R rows of a part.
@@ -12,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from yeam.methods.attention_parts import WEIGHTS, Circuit, Parts
+from yeam.methods.attention_report import head_grams, report
 from yeam.methods.yeam import LEAST_SIDE, Frames
 
 if TYPE_CHECKING:
@@ -36,7 +42,7 @@ def computed(circuit: Circuit) -> list[str]:
 
 
 @dataclass
-class _Part:
+class Update:
     """The update of one part while it is worked out: point [G·H·d, N] in the gauge's coordinates, and sums over it."""
 
     name: str
@@ -52,11 +58,10 @@ class _Part:
 def resolved(
     parts: Parts, weight: Sequence[float], strength: float, softness: float, frames: Frames, rounds: int, seed: int
 ) -> Tensor:
-    """The merged updates of the job's own parts, [R, N]: rays group by group, frames over a whole part, then the length."""
+    """The merged updates of the job's own parts, [R, N]: rays group by group, frames, then the length."""
     import torch
 
     from yeam.geometry.circuits import circuit_points
-    from yeam.geometry.frames import spread_, spread_spectral_
     from yeam.geometry.length import agreement
 
     circuit, names = parts.circuit, computed(parts.circuit)
@@ -84,27 +89,45 @@ def resolved(
             if not math.isfinite(part.moments.point_square):
                 raise NotFinite
             part.alpha = 1 - agreement(part.moments.gram_KK) if part.moments.base_square > 0 else 0.0
-            if part.moments.point_square == 0 or min(part.point_RN.shape) < LEAST_SIDE or frames == "none":
-                continue
-            if frames == "spectral":
-                spread_spectral_(part.point_RN, alpha=part.alpha)
-            else:
-                spread_(part.point_RN, alpha=part.alpha, width=frames, rounds=rounds, seed=seed)
+            if part.name in WEIGHTS:
+                _spread(parts, part, weight, frames, rounds, seed)
         for groups, gauge, grams in steps:
             for part in mine:
                 _follow_up(parts, groups, gauge, part, part.name == pair[0], grams[part.name], weight)
         for part in mine:
             _lengthen(part, strength)
-        _report(parts, pair, mine, heads)
+        report(parts, pair, mine, heads)
     return held_RN[: sum(circuit.places[name].rows for name in circuit.made)]
 
 
-def _part(name: str, point_RN: Tensor, K: int) -> _Part:
+def _spread(parts: Parts, part: Update, weight: Sequence[float], frames: Frames, rounds: int, seed: int) -> None:
+    """The part's point through frames, head by head for q and k. The gauge turns what rounding left of the sources, but it stays
+    the same share of the base."""
+    import torch
+
+    from yeam.geometry.frames import noise_edge, spread_, spread_spectral_
+
+    rounding = sum(factor**2 * share for factor, share in zip(weight, parts.tensor(part.name).rounding))
+    size = parts.circuit.head_dim if part.name in ("q", "k") else len(part.point_RN)
+    for matrix_RN in torch.split(part.point_RN, size):
+        length = float(torch.linalg.vector_norm(matrix_RN))
+        if length == 0 or min(matrix_RN.shape) < LEAST_SIDE:
+            continue
+        edge = noise_edge(matrix_RN.shape, frames if isinstance(frames, int) else None)
+        noise = (rounding * part.moments.base_square + edge * part.moments.departure) / part.point_RN.numel()
+        if frames == "spectral":
+            spread_spectral_(matrix_RN, alpha=part.alpha, noise=noise)
+        elif frames != "none":
+            spread_(matrix_RN, alpha=part.alpha, width=frames, rounds=rounds, seed=seed, noise=noise)
+        matrix_RN.mul_(length / float(torch.linalg.vector_norm(matrix_RN)))
+
+
+def _part(name: str, point_RN: Tensor, K: int) -> Update:
     import torch
 
     from yeam.geometry.length import Moments
 
-    return _Part(name, point_RN, Moments.of(K), torch.zeros(K, dtype=torch.float64))
+    return Update(name, point_RN, Moments.of(K), torch.zeros(K, dtype=torch.float64))
 
 
 def steps_of(parts: Parts) -> Iterator[range]:
@@ -179,7 +202,7 @@ def _gauge(parts: Parts, groups: range, pair: tuple[str, str], bases: Mapping[st
     return gauge_of(grams[0], grams[1], floor=floor, **form)
 
 
-def _rows(part: _Part, groups: range, circuit: Circuit) -> Tensor:
+def _rows(part: Update, groups: range, circuit: Circuit) -> Tensor:
     """The part's rows of some groups, a view."""
     size = circuit.count(part.name) * circuit.head_dim
     return part.point_RN[groups.start * size : groups.stop * size]
@@ -189,7 +212,7 @@ def _follow_up(
     parts: Parts,
     groups: range,
     gauge: Gauge,
-    part: _Part,
+    part: Update,
     is_outer: bool,
     gram: Tensor,
     weight: Sequence[float],
@@ -211,83 +234,19 @@ def _follow_up(
     rows_RN[:] = back(point).reshape(rows_RN.shape)
 
 
-def _lengthen(part: _Part, strength: float) -> None:
-    """The length: of q and k further than of v and o; a bias as other vectors."""
+def _lengthen(part: Update, strength: float) -> None:
+    """The length: of q further than of the others; a bias as other vectors."""
     from yeam.geometry.circuits import score_length
-    from yeam.geometry.length import point_bound, step_length
+    from yeam.geometry.length import point_bound, progress_along, step_length
 
     moments = part.moments
     unit = moments.mean_norm / part.square**0.5 if part.square > 0 else 0.0
-    progress = float((part.along_K * unit / moments.gram_KK.diagonal().clamp(min=1e-300)).mean())
+    progress = progress_along(part.along_K * unit, moments.gram_KK)
     if part.name not in WEIGHTS:
         part.scale = min(1.0, point_bound(moments))
     else:
-        law = score_length if part.name in ("q", "k") else step_length
+        law = score_length if part.name == "q" else step_length
         part.scale = law(moments, alpha=part.alpha, progress=progress)
     part.scale *= strength
     part.point_RN.mul_(part.scale * unit)
     part.grams = [(bb, bx * (part.scale * unit), xx * (part.scale * unit) ** 2) for bb, bx, xx in part.grams]
-
-
-def head_grams(deltas: Mapping[str, Tensor], pair: tuple[str, str], gauge: Gauge) -> Tensor:
-    """⟨update_k, update_l⟩ of every head, its group's inner part included: [G, H, K, K], float64, on the CPU."""
-    import torch
-
-    total: Any = 0.0
-    for name, delta in deltas.items():
-        flat_KGHT = (delta if name == pair[0] else delta[:, :, None]).flatten(3)
-        gram_GHKK = torch.stack(
-            [torch.stack([flat_KGHT[:, g, h] @ flat_KGHT[:, g, h].T for h in range(flat_KGHT.shape[2])])
-             for g in range(flat_KGHT.shape[1])]
-        ).double()  # fmt: skip
-        total = total + (gauge.unsorted(gram_GHKK) if name == pair[0] else gram_GHKK).cpu()
-    return total  # type: ignore[no-any-return]
-
-
-def record_heads(parts: Parts, gram_GHKK: Any, winners_G: Any, more: Mapping[str, Any], **facts: Any) -> None:
-    from yeam.geometry.length import agreement
-
-    listed = [
-        {"head": g * gram_GHKK.shape[1] + h, "agreement": agreement(gram_KK), "source": int(winners_G[g])}
-        for g, gram_HKK in enumerate(gram_GHKK)
-        for h, gram_KK in enumerate(gram_HKK)
-    ]
-    for name, values in more.items():
-        for entry, value in zip(listed, values):
-            entry[name] = value
-    parts.inputs.record(**facts, heads=listed)
-
-
-def _report(parts: Parts, pair: tuple[str, str], mine: Sequence[_Part], heads: Sequence[Tensor]) -> None:
-    """What happened to each part, and with q or o also to each head: the change of ‖QK‖ or ‖OV‖ as a ratio."""
-    import torch
-
-    from yeam.geometry.circuits import circuit_norms
-    from yeam.geometry.length import agreement
-
-    for part in mine:
-        if part.name not in parts.circuit.made:
-            continue
-        moments = part.moments
-        facts: dict[str, Any] = {
-            "part": part.name,
-            "update_norms": [float(norm) for norm in moments.norms_K],
-            "base_norm": moments.base_square**0.5,
-            "agreement": agreement(moments.gram_KK),
-            "scale": part.scale,
-            "moved": abs(part.scale) * moments.mean_norm if part.square > 0 else 0.0,
-        }
-        if part.name not in ("q", "o"):
-            parts.inputs.record(**facts)
-            continue
-        rotary = parts.circuit.rotary if part.name == "q" else 0
-        ratios = []
-        for (bb, bx, xx), (inner_bb, inner_bx, inner_xx) in zip(part.grams, mine[1].grams):
-            before = circuit_norms(bb.double(), inner_bb.double(), rotary=rotary)
-            merged = [gram.double() for gram in (bb + bx + bx.mT + xx, inner_bb + inner_bx + inner_bx.mT + inner_xx)]
-            after = circuit_norms(*merged, rotary=rotary)
-            ratios.append(torch.where(before > 0, after / before, 1.0))
-        gram_GHKK = torch.cat(list(heads))
-        winners_G = gram_GHKK.sum((1, 3)).argmax(dim=1)
-        change = {"qk" if part.name == "q" else "ov": torch.cat(ratios).flatten().tolist()}
-        record_heads(parts, gram_GHKK, winners_G, change, **facts)

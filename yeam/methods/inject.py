@@ -112,8 +112,8 @@ def inject(
     policy: `union`, `consensus` (only what the sources share) or `priority` (in the order given). strength: 1 is the step that was
     measured to be safe. budget: the longest step, relative to the tensor's norm; most steps are shorter by themselves. protect:
     `space`, `rays` (block by block, cheaper) or `none`; without a base there is nothing to protect by. softness: μ of the
-    rays' intersection. frames, rounds, seed: as in `yeam`. head_rows, head_columns: how many rows or columns are one head. update_only: the step itself, without the
-    target.
+    rays' intersection. frames, rounds, seed: as in `yeam`. head_rows, head_columns: how many rows or columns are one head.
+    update_only: the step itself, without the target.
     A source that equals another one, or the target, is left out. Yields the output in tiles.
     """
     how = _How(policy, strength, budget, protect, softness, frames, rounds or ROUNDS.get(frames, 1), seed)
