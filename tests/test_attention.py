@@ -210,8 +210,8 @@ def test_the_merged_function_does_not_depend_on_coordinates(tmp_path: Path, labe
 
 @pytest.mark.parametrize("frames", ["none", 256])
 def test_rays_frames_and_length_by_formula(tmp_path: Path, frames: str | int) -> None:
-    """Under norms of q and k there is no freedom: q and k are the rays of their planes, flattened head by head but for what rounding
-    left of the sources, as long as the law says."""
+    """Under norms of q and k there is no freedom: q and k are the rays of their planes, but for what is noise q flattened
+    head by head and k whole, as long as the law says."""
     base, a, b = save_family(tmp_path, "norms")
     for folder in (a, b):
         short = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -237,11 +237,12 @@ def test_rays_frames_and_length_by_formula(tmp_path: Path, frames: str | int) ->
         norms = deltas.norm(dim=1)
         total = (deltas @ deltas.T).sum() / norms.square().sum()
         alpha = 1 - (total - 1).clamp(0, 1)
+        rows = 8 if name == q_name else len(point)  # of what frames see
         total_update = deltas.sum(0)
         departure = point.square().sum() - (total_update @ point.flatten()) ** 2 / total_update.square().sum()
         rounding = 2 * 0.154 * 4.0**-8 * x[name].square().sum()
-        noise = (rounding + (1 + (8 / 32) ** 0.5) ** 2 * departure) / len(point)
-        heads = point.view(-1, 8, 32)
+        noise = (rounding + (1 + (rows / 32) ** 0.5) ** 2 * departure) / len(point)
+        heads = point.view(-1, rows, 32)
         values, axes = torch.linalg.eigh(heads @ heads.mT)
         power = (((1 - noise / values).clamp(min=0.01) / values) ** (alpha / 2))[:, None] if frames == 256 else 1.0
         flat = axes * power @ axes.mT @ heads
@@ -251,13 +252,10 @@ def test_rays_frames_and_length_by_formula(tmp_path: Path, frames: str | int) ->
         hat = raw / raw.norm() * norms.mean()
         progress = (deltas @ hat.flatten()).sum() / norms.square().sum()
         displacement = norms.max() / x[name].norm()
-        law = (
-            max(1.4 * progress / total.clamp(min=1) / displacement**0.25, 0.13 * progress**0.5 / displacement) ** alpha
-        )
+        shared = total.clamp(min=1)
+        law = max(1.4 * progress / shared / displacement**0.25, 0.13 * progress**0.5 / displacement) ** alpha
         bound = 2 * raw.norm() / norms.mean()
-        step = min(law, bound, 1 / progress)
-        if name == q_name:
-            step = min((step / progress).sqrt(), bound)
+        step = min(law, bound) if name == q_name else min(law, bound, 1 / progress)
         torch.testing.assert_close(out[name] - x[name], hat * step, rtol=1e-9, atol=1e-12)
 
 

@@ -108,7 +108,8 @@ def test_what_does_not_fit_at_all_is_computed_on_the_cpu(
     assert moved and all("mlp" in name for name in moved)
     assert [note for note in report.notes if f"and {len(moved) - 1} more: too large for the device's memory" in note]
     found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "plain"))
-    assert all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
+    # updates of length 1 and more; frames multiply what float32 rounds by up to a thousand
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-4) for name in wanted)
 
 
 def test_tiles_follow_from_the_free_memory(tmp_path: Path, llama: Llama, recipe: Recipe, device: SmallDevice) -> None:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 BYTES = 64  # every input's part of a read buffer begins at a multiple of these
 ALIGN = 64  # elements: a multiple of four, so that blocks of four never straddle two tiles
+STORED = (
+    2  # a tile that is not converted is longer by this: it takes no more memory, and fewer turns of the interpreter
+)
 AHEAD = 2  # tiles read before they are asked for, where a lane has a reading thread
 
 
@@ -147,7 +150,7 @@ class JobInputs:
 
     def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
         inputs = self._chosen(base_only)
-        with contextlib.closing(self._parts(inputs, start, stop)) as parts:
+        with contextlib.closing(self._parts(inputs, start, stop, self._step)) as parts:
             for part in parts:
                 T = part.stop - part.start
                 sources_KT = self._lane.work(("sources", self._key), (len(inputs) - self.has_base, T), self.dtype)
@@ -176,7 +179,7 @@ class JobInputs:
 
     def _stored(self, kind: int, inputs: tuple[Input, ...], start: int, stop: int | None) -> Iterator[StoredTile]:
         itemsize = self._itemsize(inputs[0])
-        with contextlib.closing(self._parts(inputs, start, stop)) as parts:
+        with contextlib.closing(self._parts(inputs, start, stop, STORED * self._step)) as parts:
             for part in parts:
                 for raw_T, place in zip(part.raw, part.places):
                     if raw_T.data_ptr() != place.data_ptr():  # computed, and not into the buffer
@@ -184,7 +187,9 @@ class JobInputs:
                 word_VS = words(part.block.view(len(inputs), -1))
                 yield StoredTile(part.start, part.stop, word_VS, kind)
 
-    def _parts(self, inputs: tuple[Input, ...], start: int, stop: int | None) -> Generator[_Part, None, None]:
+    def _parts(
+        self, inputs: tuple[Input, ...], start: int, stop: int | None, step: int
+    ) -> Generator[_Part, None, None]:
         """Tiles as they are read, ahead where the lane has a thread for that; the buffers of one that was served are used again after
         its `waits`."""
         stop = math.prod(self.shape) if stop is None else stop
@@ -193,10 +198,10 @@ class JobInputs:
         busy: dict[int, list[Wait]] = {}
         slot = 0
         try:
-            for begin in range(start, stop, self._step):
+            for begin in range(start, stop, step):
                 for wait in busy.pop(slot, []):
                     wait()
-                end = min(begin + self._step, stop)
+                end = min(begin + step, stop)
                 waiting.append((lane.reader.submit(self._read, inputs, begin, end, slot), slot))
                 slot = (slot + 1) % (lane.ahead + 1)
                 if len(waiting) > lane.ahead:

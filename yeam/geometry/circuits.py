@@ -17,13 +17,11 @@ cancel, up to signs, to which rays and frames are blind.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from yeam.geometry.length import Moments, point_bound, step_length
 from yeam.geometry.rays import ray_shares
 
 FLOOR = 1e-9  # of the eigenvalues of a Gram matrix of float64 numbers, as a share of its largest
@@ -229,17 +227,3 @@ def circuit_norms(outer_GHdd: Tensor, inner_Gdd: Tensor, *, rotary: int) -> Tens
     rest = (outer_GHdd * inner_G1dd)[..., rotary:, rotary:].sum((-2, -1))
     norm_GH: Tensor = (square_GH + rest).clamp(min=0).sqrt()
     return norm_GH
-
-
-def score_length(moments: Moments, *, alpha: float, progress: float) -> float:
-    """The factor on X̂ for q: the geometric mean of the step that `step_length` takes and the sources' progress 1/p.
-
-    Scores pass through a softmax, which forgives interference: measured, a score may be followed further. One of the two that
-    make it is enough: k, which several heads share, lost where it was followed as far.
-    """
-    scale = step_length(moments, alpha=alpha, progress=progress)
-    if progress <= 0:
-        return scale
-    if scale * progress >= 1:
-        return 1 / progress
-    return min(math.sqrt(scale / progress), point_bound(moments))

@@ -97,16 +97,20 @@ def step_length(moments: Moments, *, alpha: float, progress: float) -> float:
 
     progress: p of X̂; one of 0 or less counts as 0.001 in the law and sets no bound. With a base of norm 0 (the origin) alpha must be 0.
     """
-    scale = point_bound(moments)
-    if moments.base_square > 0:
-        displacement = max(float(moments.norms_K.max()) / moments.base_square**0.5, 1e-12)
-        found = max(progress, LEAST_PROGRESS)
-        shared = max(1.0, float(moments.gram_KK.sum() / moments.gram_KK.diagonal().sum()))
-        law = max(REACH * found / shared / displacement**0.25, REGION * found**0.5 / displacement)
-        scale = min(scale, law**alpha)
-    else:
-        scale = min(scale, 1.0)
+    scale = unbound_length(moments, alpha=alpha, progress=progress)
     return min(scale, 1 / progress) if progress > 0 else scale
+
+
+def unbound_length(moments: Moments, *, alpha: float, progress: float) -> float:
+    """`step_length` without the sources' progress 1/p as a bound."""
+    bound = point_bound(moments)
+    if moments.base_square <= 0:
+        return min(bound, 1.0)
+    displacement = max(float(moments.norms_K.max()) / moments.base_square**0.5, 1e-12)
+    found = max(progress, LEAST_PROGRESS)
+    shared = max(1.0, float(moments.gram_KK.sum() / moments.gram_KK.diagonal().sum()))
+    law = max(REACH * found / shared / displacement**0.25, REGION * found**0.5 / displacement)
+    return float(min(bound, law**alpha))
 
 
 def point_bound(moments: Moments) -> float:

@@ -42,8 +42,7 @@ def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
         return working
     held = 4 * circuit.width * sum(circuit.places[part].rows for part in computed(circuit))
     frames: Frames = values["frames"]
-    heads = 1 if {*circuit.made} <= {"q", "k"} else circuit.heads
-    sides = heads * circuit.head_dim, circuit.width
+    sides = circuit.heads * circuit.head_dim, circuit.width
     if frames == "none":
         return held + working
     return held + max(working, 16 * (min(sides) ** 2 if frames == "spectral" else max(sides) * frames))
@@ -66,7 +65,7 @@ def attention_circuit(
 
     circuit: the attention's shape and where its parts lie, as `Circuit.to_dict` writes it. weight: of each source's update.
     heads: `resolve` (rays and frames), `best` (each group of heads whole from the source whose update agrees most strongly with
-    all of them) or `mean`. strength: of the merged update. softness, frames, rounds, seed: as in `yeam`; frames of q and k lie within
+    all of them) or `mean`. strength: of the merged update. softness, frames, rounds, seed: as in `yeam`; frames of q lie within
     a head. A single source is followed exactly. Yields the output in tiles.
     """
     parts = Parts(inputs, Circuit.from_dict(circuit))

@@ -1,9 +1,9 @@
-"""Attention resolved circuit by circuit: rays for a few groups at a time, frames over each head of q and k and over the whole of v
-and o, then the length.
+"""Attention resolved circuit by circuit: rays for a few groups at a time, frames over each head of q and over the whole of k, v and o,
+then the length.
 
-Every head of q and k has a softmax of its own, so frames flatten its update by itself and leave it its length. What the heads of v and
-o do is added up in one residual stream, so frames see all of them together. Either one for the other was measured to keep less of the
-sources.
+Every head of q has a softmax of its own, so frames flatten its update by itself and leave it its length. What the heads of v and o do
+is added up in one residual stream, so frames see all of them together: head by head they were measured to keep less of the sources, and
+k did so on some.
 
 Legend: K sources, G key/value groups of a step, H query heads of a group, d dimensions of a head, N axes of the residual stream,
 R rows of a part.
@@ -101,14 +101,14 @@ def resolved(
 
 
 def _spread(parts: Parts, part: Update, weight: Sequence[float], frames: Frames, rounds: int, seed: int) -> None:
-    """The part's point through frames, head by head for q and k. The gauge turns what rounding left of the sources, but it stays
+    """The part's point through frames, head by head for q. The gauge turns what rounding left of the sources, but it stays
     the same share of the base."""
     import torch
 
     from yeam.geometry.frames import noise_edge, spread_, spread_spectral_
 
     rounding = sum(factor**2 * share for factor, share in zip(weight, parts.tensor(part.name).rounding))
-    size = parts.circuit.head_dim if part.name in ("q", "k") else len(part.point_RN)
+    size = parts.circuit.head_dim if part.name == "q" else len(part.point_RN)
     for matrix_RN in torch.split(part.point_RN, size):
         length = float(torch.linalg.vector_norm(matrix_RN))
         if length == 0 or min(matrix_RN.shape) < LEAST_SIDE:
@@ -236,8 +236,7 @@ def _follow_up(
 
 def _lengthen(part: Update, strength: float) -> None:
     """The length: of q further than of the others; a bias as other vectors."""
-    from yeam.geometry.circuits import score_length
-    from yeam.geometry.length import point_bound, progress_along, step_length
+    from yeam.geometry.length import point_bound, progress_along, step_length, unbound_length
 
     moments = part.moments
     unit = moments.mean_norm / part.square**0.5 if part.square > 0 else 0.0
@@ -245,7 +244,8 @@ def _lengthen(part: Update, strength: float) -> None:
     if part.name not in WEIGHTS:
         part.scale = min(1.0, point_bound(moments))
     else:
-        law = score_length if part.name == "q" else step_length
+        # scores pass through a softmax, which forgives interference; k, which several heads share, lost where it was followed as far
+        law = unbound_length if part.name == "q" else step_length
         part.scale = law(moments, alpha=part.alpha, progress=progress)
     part.scale *= strength
     part.point_RN.mul_(part.scale * unit)

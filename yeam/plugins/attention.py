@@ -35,7 +35,7 @@ def attention(
 
     only: leave everything else as it is in the base, and read nothing else. heads: `resolve`, `best` (each group of heads whole
     from one source) or `mean`. strength: of the merged update; a number, a gradient over the layers, or filters. softness, frames,
-    rounds, seed: as of the method `yeam`; frames of q and k lie within a head. Raises ConfigError without a base, for an attention
+    rounds, seed: as of the method `yeam`; frames of q lie within a head. Raises ConfigError without a base, for an attention
     that it does not know, and for options that are none.
     """
     given = {"softness": softness, "frames": frames, "rounds": rounds, "seed": seed}
