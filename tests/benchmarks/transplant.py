@@ -30,7 +30,7 @@ from yeam.transfer.lexical import Lexical
 from yeam.vocabulary.tokens import Tokens, read_tokens
 
 EMBED, WINDOW = "model.embed_tokens.weight", 256
-WAYS = ("omp", "nearest", "subword", "mean", "random")
+WAYS = ("nearest", "omp", "subword", "mean", "random")
 
 
 def tokens_of(folder: Path) -> Tokens:

@@ -32,8 +32,8 @@ from yeam.transfer.untrained import columns_of, rows_of, untrained
 if TYPE_CHECKING:
     from torch import Tensor
 
-Method = Literal["omp", "nearest", "subword", "mean"]
-METHODS: tuple[Method, ...] = ("omp", "nearest", "subword", "mean")
+Method = Literal["nearest", "omp", "subword", "mean"]
+METHODS: tuple[Method, ...] = ("nearest", "omp", "subword", "mean")
 BLOCK = 4096  # rows that are converted at a time
 MAP_RIDGE = 1e-2  # of the mean squared length of a row, a dimension
 
