@@ -145,6 +145,20 @@ def random_gauge(body: Body, layer: int, seed: int = 0) -> LayerGauge:
     return gauge
 
 
+def inverse(gauge: LayerGauge) -> LayerGauge:
+    """What takes a gauge back."""
+    heads, groups, neurons = (order.argsort() for order in (gauge.heads_H, gauge.groups_K, gauge.neurons_I))
+    return LayerGauge(
+        heads,
+        groups,
+        1 / gauge.planes_KP[groups],
+        torch.linalg.inv(gauge.rest_KRR)[groups],
+        torch.linalg.inv(gauge.values_KEE)[groups],
+        neurons,
+        1 / gauge.scale_I[neurons],
+    )
+
+
 IDS = torch.tensor([5, 17, 3, 80, 44, 9, 61, 120, 33])
 
 

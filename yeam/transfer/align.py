@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 from yeam.transfer.body import Body, Parts
 from yeam.transfer.effective import Effective, effective
 from yeam.transfer.gauge import LayerGauge, planes_of
-from yeam.transfer.heads import HeadMatch, Planes, circuit_scores, inner_factors, match_heads, plane_factors
+from yeam.transfer.heads import (
+    HeadMatch,
+    Planes,
+    circuit_scores,
+    inner_factors,
+    match_heads,
+    plane_factors,
+    refined_factor,
+)
 from yeam.transfer.neurons import NeuronMatch, match_neurons, neuron_scale
 
 if TYPE_CHECKING:
@@ -46,8 +54,7 @@ def align_layer(source: Parts, source_body: Body, host: Parts, host_body: Body, 
     """Match a source layer, whose stream `rotation` carries to the host's, with a host layer of the same shape."""
     import torch
 
-    turn_DD = rotation.matrix_DD.to(source["q"].dtype)
-    ours = effective(source, source_body, turn_DD.T, turn_DD)
+    ours = effective(source, source_body, rotation.matrix_DD.T, rotation.matrix_DD)
     theirs = effective(host, host_body)
     score = circuit_scores(ours, theirs, source_body, host_body, Planes.equal(source_body.rotary // 2))
     heads = match_heads(score, source_body.kv_heads, host_body.kv_heads)
@@ -97,17 +104,18 @@ def _group_factors(
     normed = body.traits.qk_norm != "none"
     z_P = plane_factors(q_s, k_s[0], q_h, k_h[0], normed)
     if normed or not k_rest_s.shape[1]:
-        rest_RR = torch.eye(k_rest_s.shape[1], dtype=q_rest_s.dtype)
+        rest_RR = torch.eye(k_rest_s.shape[1], dtype=torch.float64)
     else:
-        rest_RR = inner_factors(q_rest_s, k_rest_s[0], q_rest_h, k_rest_h[0])[0]
-    values = inner_factors(ours.o_HED[old], ours.v_KED[old_group], theirs.o_HED[slots], theirs.v_KED[group])[0]
-    return z_P, _usable(rest_RR), _usable(values)
+        rest_RR = _factor(q_rest_s, k_rest_s[0], q_rest_h, k_rest_h[0])
+    values = _factor(ours.o_HED[old], ours.v_KED[old_group], theirs.o_HED[slots], theirs.v_KED[group])
+    return z_P, rest_RR, values
 
 
-def _usable(factor: Tensor) -> Tensor:
-    """The factor, or none where a part that carries nothing leaves it undetermined."""
+def _factor(outer_s: Tensor, inner_s: Tensor, outer_h: Tensor, inner_h: Tensor) -> Tensor:
+    """What brings the inner one of two factors to the host's, none where a part that carries nothing leaves it undetermined."""
     import torch
 
-    if factor.numel() and float(torch.linalg.cond(factor.double())) > WORST_CONDITION:
+    factor = inner_factors(outer_s, inner_s, outer_h, inner_h)[0]
+    if float(torch.linalg.cond(factor)) > WORST_CONDITION:
         return torch.eye(len(factor), dtype=factor.dtype)
-    return factor
+    return refined_factor(factor, outer_s, inner_s, outer_h, inner_h)

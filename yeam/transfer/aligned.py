@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from yeam.checkpoint import Checkpoint, TensorInfo
 from yeam.errors import CheckpointError
 from yeam.transfer.body import Body, Parts
+from yeam.transfer.branches import ATTENTION, kind_of
 from yeam.transfer.layers import LayerCache
 from yeam.vocabulary.tokens import vocabularies_differ
 
@@ -34,7 +35,8 @@ class AlignedCheckpoint(Checkpoint):
     judge: the model that is matched with the host instead of the source itself, such as the base that the source was tuned from;
     both then get the same change of coordinates. rotate: whether any rotation of the stream is allowed, or only signed
     permutations, which keep embedding and head tied. Tensors are float32 (float64 for float64); `natural_dtype` is the source's.
-    Memory: two layers of the source in float32, while a layer is matched two of each model, and D×D for the stream.
+    Computed in float64 for sources stored in 32 bits or more, so that only the rounding in them is left. Memory: two layers of the
+    source in float32, while a layer is matched two of each model, of their attention in that dtype, and D×D for the stream.
     Raises CheckpointError for models of different shape.
     """
 
@@ -74,7 +76,7 @@ class AlignedCheckpoint(Checkpoint):
         return self._inner.natural_dtype(known)
 
     def resident_bytes(self, name: str) -> int:
-        return self._layers.resident_bytes(name) or 8 * self._source.hidden**2
+        return (2 if self._is_wide else 1) * self._layers.resident_bytes(name) or 8 * self._source.hidden**2
 
     def prepare(self, name: str) -> None:
         if name in self._inner.tensors:
@@ -126,8 +128,13 @@ class AlignedCheckpoint(Checkpoint):
         """The judge's layer, the host's, and how the first lies on the second."""
         from yeam.transfer.align import align_layer
 
-        here, there = self._judge.layer(layer, self._dtype), self._host.layer(layer, self._dtype)
-        return here, there, align_layer(here, self._judge, there, self._host, rotation.to(self._dtype))
+        here, there = self._wide_heads(self._judge, layer), self._wide_heads(self._host, layer)
+        return here, there, align_layer(here, self._judge, there, self._host, rotation)
+
+    def _wide_heads(self, body: Body, layer: int) -> Parts:
+        """A layer with its attention in the dtype that is computed in: what heads are multiplied by is found from it, and may be large."""
+        parts = body.layer(layer, self._dtype)
+        return {part: x.to(self._inside) if kind_of(part) == ATTENTION else x for part, x in parts.items()}
 
     @cached_property
     def _stream(self) -> tuple[Rotation, Fit, int]:
@@ -144,7 +151,7 @@ class AlignedCheckpoint(Checkpoint):
         for layer in range(self._judge.depth):
             here, there, gauge = self._matched(layer, rotation)
             add_directions(moments, here, self._judge, there, self._host, gauge.gauge)
-        return refined(anchors, moments, self._judge, rotate=self._rotate), fit, anchors.tokens
+        return refined(anchors, moments, self._judge, gate=fit.gate, rotate=self._rotate), fit, anchors.tokens
 
     def _moved(self, layer: int) -> Parts:
         """The source's layer where the host has it."""
@@ -154,17 +161,17 @@ class AlignedCheckpoint(Checkpoint):
         gauge = self.match(layer).gauge
         wanted = self._host.norms(layer, self._dtype)
         moved = regauged(self._source.layer(layer, self._dtype), self._source, gauge)
-        return rotated_layer(moved, self._source, self._stream[0].to(self._dtype), wanted)
+        return rotated_layer(moved, self._source, self._stream[0].to(self._inside), wanted)
 
     def _around(self, part: str, name: str, start: int, stop: int) -> Tensor:
         from yeam.transfer.residual import rotated_outer
 
         with self._lock:
-            rotation = self._stream[0].to(self._dtype)
+            rotation = self._stream[0].to(self._inside)
         wanted = self._host.around("final_norm", dtype=self._dtype)
         kept = self._source.around("final_norm", dtype=self._dtype)
         if part.startswith("final_norm"):
-            kept["embedding"] = rotation.matrix_DD[:0]
+            kept["embedding"] = rotation.matrix_DD[:0].to(self._dtype)
             return rotated_outer(kept, self._source, rotation, wanted)[part][start:stop]
         stored = self._source.outer["embedding" if name not in self._inner.tensors else part].name
         width = self._inner.tensors[stored].shape[-1]
@@ -178,6 +185,18 @@ class AlignedCheckpoint(Checkpoint):
 
         wide = any(info.dtype == "F64" for info in self._inner.tensors.values())
         return torch.float64 if wide else torch.float32
+
+    @cached_property
+    def _is_wide(self) -> bool:
+        """Whether weights are stored so finely that computing in float32 would add to what rounding has left in them."""
+        return any(info.storage.is_float and info.storage.itemsize > 2 for info in self._inner.tensors.values())
+
+    @property
+    def _inside(self) -> Any:
+        """What is computed in: attention, where its factors are found, and everything that is turned."""
+        import torch
+
+        return torch.float64 if self._is_wide else torch.float32
 
 
 def may_rotate(source: Body) -> bool:

@@ -82,7 +82,7 @@ def effective(
             columns = gain(parts[norm], body)[:, None] * columns
         if body.traits.norm == "ln":
             columns = columns - columns.mean(0)
-        return (columns if writers_DD is None else writers_DD @ columns).T
+        return (columns if writers_DD is None else writers_DD.to(columns.dtype) @ columns).T
 
     def per_head(rows: Tensor) -> Tensor:
         return rows.reshape(len(rows) // body.head_dim, body.head_dim, rows.shape[1])
@@ -119,10 +119,10 @@ def _reader(parts: Parts, body: Body, part: str, turned_DD: Tensor | None) -> Te
     bias = parts.get(part + ".bias")
     if through is not None:
         if (shift := parts.get(through + ".bias")) is not None:
-            bias = rows @ shift + (0 if bias is None else bias)
+            bias = rows @ shift.to(rows.dtype) + (0 if bias is None else bias)
         rows = rows * gain(parts[through], body)
     if body.traits.norm == "ln":
         rows = rows - rows.mean(1, keepdim=True)
     if turned_DD is not None:
-        rows = rows @ turned_DD
+        rows = rows @ turned_DD.to(rows.dtype)
     return rows if bias is None else torch.cat([rows, bias[:, None]], dim=1)

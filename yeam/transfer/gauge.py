@@ -26,7 +26,7 @@ class LayerGauge:
     heads_H: the old head that becomes head h (int64; of the old group that becomes its group). groups_K: the old group.
     planes_KP: complex, q of new group g is multiplied by it, k divided by its conjugate. rest_KRR: B, q is multiplied by
     B^(−T), k by B. values_KEE: A, v is multiplied by A, o by A^(−1). neurons_I: the old neuron; scale_I: up is multiplied, down
-    divided by it.
+    divided by it. Factors that were found are float64.
     """
 
     heads_H: Tensor
@@ -59,32 +59,41 @@ class LayerGauge:
 
 
 def regauged(parts: Parts, body: Body, gauge: LayerGauge) -> Parts:
-    """The layer's parts in the gauge's coordinates; the residual stream, and the layer's function of it, stay as they are."""
+    """The layer's parts in the gauge's coordinates; the residual stream, and the layer's function of it, stay as they are.
+
+    Computed in the dtype of the gauge's factors, part by part; the result has the parts' dtypes.
+    """
     import torch
+
+    def wide(part: str) -> Tensor:
+        return parts[part].to(gauge.values_KEE.dtype)
+
+    def put(part: str, x: Tensor) -> None:
+        out[part] = x.to(parts[part].dtype)
 
     out = dict(parts)
     group_H = torch.arange(body.heads) // (body.heads // body.kv_heads)
     inverse_KEE = torch.linalg.inv(gauge.values_KEE)
     for end in ("", ".bias"):
         if "q" + end in parts:
-            q_HEx = _per_head(parts["q" + end], body.heads)[gauge.heads_H]
-            out["q" + end] = _flat(_turned(q_HEx, body, gauge.planes_KP[group_H], _dual(gauge.rest_KRR)[group_H]))
+            q_HEx = _per_head(wide("q" + end), body.heads)[gauge.heads_H]
+            put("q" + end, _flat(_turned(q_HEx, body, gauge.planes_KP[group_H], _dual(gauge.rest_KRR)[group_H])))
         if "k" + end in parts:
-            k_KEx = _per_head(parts["k" + end], body.kv_heads)[gauge.groups_K]
-            out["k" + end] = _flat(_turned(k_KEx, body, 1 / gauge.planes_KP.conj(), gauge.rest_KRR))
+            k_KEx = _per_head(wide("k" + end), body.kv_heads)[gauge.groups_K]
+            put("k" + end, _flat(_turned(k_KEx, body, 1 / gauge.planes_KP.conj(), gauge.rest_KRR)))
         if "v" + end in parts:
-            out["v" + end] = _flat(gauge.values_KEE @ _per_head(parts["v" + end], body.kv_heads)[gauge.groups_K])
+            put("v" + end, _flat(gauge.values_KEE @ _per_head(wide("v" + end), body.kv_heads)[gauge.groups_K]))
         if "gate" + end in parts:
-            out["gate" + end] = parts["gate" + end][gauge.neurons_I]
+            put("gate" + end, parts["gate" + end][gauge.neurons_I])
         if "up" + end in parts:
             up_Ix = parts["up" + end][gauge.neurons_I]
-            out["up" + end] = up_Ix * gauge.scale_I.view(-1, *[1] * (up_Ix.dim() - 1))
-    o_DHE = parts["o"].view(-1, body.heads, body.head_dim)[:, gauge.heads_H]
-    out["o"] = torch.einsum("dhe,hef->dhf", o_DHE, inverse_KEE[group_H]).flatten(1)
-    out["down"] = parts["down"][:, gauge.neurons_I] / gauge.scale_I
+            put("up" + end, up_Ix * gauge.scale_I.view(-1, *[1] * (up_Ix.dim() - 1)))
+    o_DHE = wide("o").view(-1, body.heads, body.head_dim)[:, gauge.heads_H]
+    put("o", torch.einsum("dhe,hef->dhf", o_DHE, inverse_KEE[group_H]).flatten(1))
+    put("down", parts["down"][:, gauge.neurons_I] / gauge.scale_I)
     for part, rows, order in (("q_norm", body.heads, gauge.heads_H), ("k_norm", body.kv_heads, gauge.groups_K)):
         if part in parts and body.traits.qk_norm == "all":
-            out[part] = parts[part].view(rows, -1)[order].flatten()
+            put(part, parts[part].view(rows, -1)[order].flatten())
     return out
 
 

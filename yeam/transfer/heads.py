@@ -167,9 +167,11 @@ def plane_factors(q_s: Tensor, k_s: Tensor, q_h: Tensor, k_h: Tensor, signs_only
     """z with z q_s ≈ q_h and k_s / conj(z) ≈ k_h, complex [P]; ±1 with `signs_only`.
 
     q_s, q_h: complex [r, P, D], matched heads of a group; k_s, k_h: [P, D]. The modulus comes from the norms alone, so that a weak
-    match cannot blow it up; the phase from the products.
+    match cannot blow it up; the phase from the products. In float64.
     """
     import torch
+
+    q_s, k_s, q_h, k_h = (x.to(torch.complex128) for x in (q_s, k_s, q_h, k_h))
 
     def norm(x: Tensor, *over: int) -> Tensor:
         return x.abs().square().sum(over).sqrt().clamp(min=LEAST_NORM)
@@ -189,7 +191,7 @@ def inner_factors(outer_s: Tensor, inner_s: Tensor, outer_h: Tensor, inner_h: Te
 
     outer: per head [r, e, N] (rows of e go out), inner: [e, D]; the host's with E. For e = E, C is A^(−1). Both products are brought
     to their balanced form (U √S, √S Wᵀ), where what is left between the two is a rotation (orthogonal Procrustes); a plain
-    least-squares A would blow up on a weak match. In float64; the result is in the dtype of inner_s.
+    least-squares A would blow up on a weak match. In float64, as the result.
     """
     import torch
 
@@ -198,7 +200,35 @@ def inner_factors(outer_s: Tensor, inner_s: Tensor, outer_h: Tensor, inner_h: Te
     left_h, right_h, back_h, forth_h = _balanced(stacked[1], inner_h.double())
     u, _, v = torch.linalg.svd(right_h @ right_s.T + left_h.T @ left_s, full_matrices=False)
     turn = u @ v
-    return (back_h @ turn @ forth_s).to(inner_s.dtype), (back_s @ turn.T @ forth_h).to(inner_s.dtype)
+    return back_h @ turn @ forth_s, back_s @ turn.T @ forth_h
+
+
+def refined_factor(factor_EE: Tensor, outer_s: Tensor, inner_s: Tensor, outer_h: Tensor, inner_h: Tensor) -> Tensor:
+    """A of `inner_factors` for e = E, after a Gauss-Newton step of least squares on both sides at once, where that brings them closer.
+
+    With A → (1 + X) A, what is left of A · inner_s ≈ inner_h and outer_s · A⁻¹ ≈ outer_h, each relative to the host's, is least for
+    X P + Q X = R, a Sylvester equation in the host's coordinates: rounding in a badly conditioned source counts once, in the balanced
+    form of its product twice.
+    """
+    import torch
+
+    stacked = [x.transpose(1, 2).flatten(0, 1).double() for x in (outer_s, outer_h)]
+    rows = [inner_s.double(), inner_h.double()]
+    weight = [1 / max(float(x.square().sum()), 1e-300) for x in (rows[1], stacked[1])]
+
+    def left(factor: Tensor) -> tuple[Tensor, Tensor, float]:
+        inner, outer = factor @ rows[0], stacked[0] @ torch.linalg.inv(factor)
+        squares = [float((a - b).square().sum()) for a, b in ((inner, rows[1]), (outer, stacked[1]))]
+        return inner, outer, weight[0] * squares[0] + weight[1] * squares[1]
+
+    inner, outer, error = left(factor_EE)
+    p, u = torch.linalg.eigh(weight[0] * inner @ inner.T)
+    q, v = torch.linalg.eigh(weight[1] * outer.T @ outer)
+    wanted = weight[0] * (rows[1] - inner) @ inner.T + weight[1] * outer.T @ (outer - stacked[1])
+    curvature = q[:, None] + p[None]
+    step = (v.T @ wanted @ u / curvature).where(curvature > LEAST_SINGULAR**2 * curvature.max(), 0.0)
+    closer = factor_EE + v @ step @ u.T @ factor_EE
+    return closer if left(closer)[2] < error else factor_EE
 
 
 def _balanced(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -82,12 +82,13 @@ def match_layer(
     neuron_gate_B = neuron_gate_B.where(neurons.margin_B >= LEAST_MARGIN, 0.0)
     factors = _factors(source, host, heads, planes, source_body, host_body)
     normed = is_normed(source_body, host_body)
+    scale_B = neuron_scale(source, host, neurons.neurons_B.clamp(min=0)).to(source.up_ID.dtype)
     where = LayerMap(
         heads_B=heads.heads_B,
         groups_L=heads.groups_L,
         planes=planes,
         neurons_B=neurons.neurons_B,
-        scale_B=neuron_scale(source, host, neurons.neurons_B.clamp(min=0)).where(neurons.neurons_B >= 0, 1.0),
+        scale_B=scale_B.where(neurons.neurons_B >= 0, 1.0),
         sharpness=1.0 if normed else (softmax_scale(source_body) / softmax_scale(host_body)) ** 0.5,
         **factors,
     )

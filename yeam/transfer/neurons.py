@@ -119,17 +119,18 @@ def _score(gate: Tensor | None, up: Tensor | None, down: Tensor | None) -> Tenso
 
 
 def neuron_scale(source: Effective, host: Effective, neurons_B: Tensor) -> Tensor:
-    """s with s · up ≈ the host's and down / s ≈ the host's, [B], for matched neurons: modulus from norms, sign from products."""
+    """s with s · up ≈ the host's and down / s ≈ the host's, float64 [B], for matched neurons: modulus from norms, sign from products."""
     import torch
 
     if host.gate_ID is None:
-        return torch.ones(len(neurons_B), dtype=host.up_ID.dtype)
+        return torch.ones(len(neurons_B), dtype=torch.float64)
     up, down = source.up_ID[neurons_B], source.down_ID[neurons_B]
 
     def norm(x: Tensor) -> Tensor:
-        return x.square().sum(1).sqrt().clamp(min=LEAST_NORM)
+        length: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).clamp(min=LEAST_NORM)
+        return length
 
-    modulus = (norm(host.up_ID) / norm(up) * norm(down) / norm(host.down_ID)).sqrt()
-    products = (up * host.up_ID).sum(1) / (norm(up) * norm(host.up_ID))
-    products = products + (down * host.down_ID).sum(1) / (norm(down) * norm(host.down_ID))
+    ups, downs = [norm(x) for x in (up, host.up_ID)], [norm(x) for x in (down, host.down_ID)]
+    modulus = (ups[1] / ups[0] * downs[0] / downs[1]).sqrt()
+    products = (up * host.up_ID).sum(1) / (ups[0] * ups[1]) + (down * host.down_ID).sum(1) / (downs[0] * downs[1])
     return torch.where(products < 0, -modulus, modulus)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-LEAST_GAIN = 0.05  # of the median: what a reader is divided by
+SMALLEST_GAIN = 1e-5  # the same where they are equal
+LEAST_GAIN = 0.05  # of the median: what a reader is divided by at least, where streams are only alike
 
 NORM_OF = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm", "gate": "mlp_norm", "up": "mlp_norm"}
 
@@ -55,15 +56,23 @@ def only_permutes(body: Body) -> bool:
 
 @dataclass(frozen=True)
 class Rotation:
-    """new stream = R · old stream. `order` and `sign` are set where R is a signed permutation: new i = sign_i · old order_i."""
+    """new stream = R · old stream. `order` and `sign` are set where R is a signed permutation: new i = sign_i · old order_i.
+
+    least_gain: the least gain of a norm, relative to their median, that readers are divided by. A reader that is off by ε has noise of ε
+    over the gain there.
+    """
 
     matrix_DD: Tensor
     order_D: Tensor | None = None
     sign_D: Tensor | None = None
+    least_gain: float = LEAST_GAIN
 
     @classmethod
-    def of(cls, matrix_DD: Tensor, tolerance: float = 1e-4) -> Rotation:
-        """The rotation of an orthogonal matrix; one that is a signed permutation up to `tolerance` is snapped to it."""
+    def of(cls, matrix_DD: Tensor, gate: float = 0.0, tolerance: float = 1e-4) -> Rotation:
+        """The rotation of an orthogonal matrix; one that is a signed permutation up to `tolerance` is snapped to it.
+
+        gate: the share of the stream that it explains; an exact one divides by any gain, and comes out exactly.
+        """
         import torch
 
         order_D = matrix_DD.abs().argmax(dim=1)
@@ -72,12 +81,18 @@ class Rotation:
         snapped_DD[torch.arange(len(order_D)), order_D] = sign_D
         if len(set(order_D.tolist())) == len(order_D) and float((snapped_DD - matrix_DD).abs().max()) < tolerance:
             return cls(snapped_DD, order_D, sign_D)
-        return cls(matrix_DD)
+        return cls(matrix_DD, least_gain=min(LEAST_GAIN, max(1 - gate, 0.0) ** 0.5))
 
     def to(self, dtype: torch.dtype) -> Rotation:
         """The same in another dtype."""
         sign_D = None if self.sign_D is None else self.sign_D.to(dtype)
-        return Rotation(self.matrix_DD.to(dtype), self.order_D, sign_D)
+        return Rotation(self.matrix_DD.to(dtype), self.order_D, sign_D, self.least_gain)
+
+    def turned(self, x_xD: Tensor) -> Tensor:
+        """Vectors of the old stream, in the last dimension, as vectors of the new one; computed in the rotation's dtype."""
+        if self.order_D is not None and self.sign_D is not None:
+            return x_xD.to(self.sign_D.dtype)[..., self.order_D] * self.sign_D
+        return x_xD.to(self.matrix_DD.dtype) @ self.matrix_DD.T
 
     def gains(self, old_D: Tensor, wanted_D: Tensor) -> Tensor:
         """The gains of a norm in the new coordinates: a permutation keeps the old ones, a rotation is free to take the
@@ -86,9 +101,10 @@ class Rotation:
 
         if self.order_D is not None:
             return old_D[self.order_D]
-        floor = LEAST_GAIN * float(wanted_D.abs().median())
-        if floor == 0:
+        median = float(wanted_D.abs().median())
+        if median == 0:
             return torch.ones_like(wanted_D)
+        floor = max(self.least_gain, SMALLEST_GAIN) * median
         small_D = wanted_D.abs() < floor
         return torch.where(small_D, torch.where(wanted_D < 0, -floor, floor), wanted_D)
 
@@ -96,7 +112,8 @@ class Rotation:
 def rotated_layer(parts: Parts, body: Body, rotation: Rotation, wanted: Parts) -> Parts:
     """A layer's parts for the rotated stream; `wanted` holds the norms whose gains are to be taken over.
 
-    The layer computes rotation(f(x)) from rotation(x). Raises CheckpointError for a rotation that the norms do not allow.
+    The layer computes rotation(f(x)) from rotation(x). Computed in the rotation's dtype, part by part; the result has the parts'
+    dtypes. Raises CheckpointError for a rotation that the norms do not allow.
     """
     out = dict(parts)
     for site in ("attn_norm", "mlp_norm"):
@@ -105,15 +122,12 @@ def rotated_layer(parts: Parts, body: Body, rotation: Rotation, wanted: Parts) -
     for part in READERS:
         if part in parts:
             through = norm_of(body, part, parts)
-            matrix = parts[part]
-            if through is not None:
-                matrix = matrix * gain(parts[through], body)
-            matrix = matrix @ rotation.matrix_DD.T
-            out[part] = matrix if through is None else matrix / gain(out[through], body)
+            old, new = (None, None) if through is None else (parts[through], out[through])
+            out[part] = _read_through(old, new, parts[part], body, rotation)
     for part in WRITERS:
-        out[part] = rotation.matrix_DD @ parts[part]
+        out[part] = rotation.turned(parts[part].T).T.to(parts[part].dtype).contiguous()
         if part + ".bias" in parts:
-            out[part + ".bias"] = rotation.matrix_DD @ parts[part + ".bias"]
+            out[part + ".bias"] = rotation.turned(parts[part + ".bias"]).to(parts[part].dtype)
     for site in ("attn_post_norm", "mlp_post_norm"):
         if site in parts:
             if rotation.order_D is None:
@@ -126,30 +140,39 @@ def rotated_layer(parts: Parts, body: Body, rotation: Rotation, wanted: Parts) -
 
 def rotated_outer(parts: Parts, body: Body, rotation: Rotation, wanted: Parts) -> Parts:
     """Embedding, positions, final norm and head for the rotated stream. A tied model gets a head of its own (`head`) where
-    the rotation does not keep the tie."""
+    the rotation does not keep the tie. Computed in the rotation's dtype; the result has the parts' dtypes."""
     out = dict(parts)
     for part in ("embedding", "position"):
         if part in parts:
-            out[part] = parts[part] @ rotation.matrix_DD.T
+            out[part] = rotation.turned(parts[part]).to(parts[part].dtype)
     if "final_norm" in parts:
         _renorm(parts, out, "final_norm", body, rotation, wanted)
     head_VD = parts.get("head", parts["embedding"])
     if "head" in parts or rotation.order_D is None:
-        folded_VD = head_VD * gain(parts["final_norm"], body)
-        out["head"] = folded_VD @ rotation.matrix_DD.T / gain(out["final_norm"], body)
+        out["head"] = _read_through(parts["final_norm"], out["final_norm"], head_VD, body, rotation)
     return out
 
 
+def _read_through(old: Tensor | None, new: Tensor | None, rows_TD: Tensor, body: Body, rotation: Rotation) -> Tensor:
+    """Readers of the rotated stream, behind the norm `new` where they were behind `old`."""
+    kind = rotation.matrix_DD.dtype
+    if old is None or new is None:
+        return rotation.turned(rows_TD).to(rows_TD.dtype)
+    folded_TD = rows_TD.to(kind) * gain(old.to(kind), body)
+    return (rotation.turned(folded_TD) / gain(new.to(kind), body)).to(rows_TD.dtype)
+
+
 def _renorm(old: Parts, out: Parts, site: str, body: Body, rotation: Rotation, wanted: Parts) -> None:
-    gain_D = gain(old[site], body)
-    new_D = rotation.gains(gain_D, gain(wanted[site], body) if site in wanted else gain_D)
-    out[site] = weight_of(new_D, body)
+    dtype, kind = old[site].dtype, rotation.matrix_DD.dtype
+    gain_D = gain(old[site].to(kind), body)
+    new_D = rotation.gains(gain_D, gain(wanted[site].to(kind), body) if site in wanted else gain_D)
+    out[site] = weight_of(new_D, body).to(dtype)
     if site + ".bias" not in old:
         return
     # LN(x) = g ⊙ (n + β/g): the shift turns with the stream
-    shift_D = old[site + ".bias"] / gain_D.where(gain_D != 0, 1.0)
+    shift_D = old[site + ".bias"].to(kind) / gain_D.where(gain_D != 0, 1.0)
     if bool(((gain_D == 0) & (old[site + ".bias"] != 0)).any()):
         raise CheckpointError(
             f"{body.checkpoint.reference}: {site} has a gain of 0 beside a bias, which cannot be rotated"
         )
-    out[site + ".bias"] = new_D * (rotation.matrix_DD @ shift_D)
+    out[site + ".bias"] = (new_D * rotation.turned(shift_D)).to(dtype)

@@ -95,12 +95,13 @@ def rotation_of(anchors: Anchors, source: Body, *, rotate: bool) -> tuple[Rotati
     judging = _solve(anchors.fit, source, rotate)
     everything = _solve(anchors.everything(), source, rotate)
     factor = float((judging * anchors.fit.cross_DS).sum()) / max(float(anchors.fit.source_SS.trace()), 1e-300)
-    return Rotation.of(everything), judged(factor * judging, anchors)
+    fit = judged(factor * judging, anchors)
+    return Rotation.of(everything, fit.gate), fit
 
 
-def refined(anchors: Anchors, layers: Moments, source: Body, *, rotate: bool) -> Rotation:
-    """The rotation that fits the tokens and the layers' matched directions together."""
-    return Rotation.of(_solve(anchors.everything().plus(layers), source, rotate))
+def refined(anchors: Anchors, layers: Moments, source: Body, *, gate: float, rotate: bool) -> Rotation:
+    """The rotation that fits the tokens and the layers' matched directions together; `gate` is that of the tokens alone."""
+    return Rotation.of(_solve(anchors.everything().plus(layers), source, rotate), gate)
 
 
 def _solve(moments: Moments, source: Body, rotate: bool) -> Tensor:
