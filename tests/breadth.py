@@ -24,12 +24,12 @@ import reference
 import tiny
 import torch
 import transformers as tf
-from safetensors.torch import load_file
+from merge_models import Tensors
+from merge_models import tensors as stored
 
 import yeam
 from yeam.families import describe
 
-Tensors = dict[str, torch.Tensor]
 SHARE = 0.75  # of the first copy in the average
 CLOSE = (
     1e-2  # of an update's length: frames divide by small eigenvalues, in float32 here and in float64 in the reference
@@ -95,10 +95,6 @@ def coverage(folder: Path) -> float:
     anatomy = describe(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     known = sum(tensors[name].numel() for name, meaning in anatomy.tensors.items() if meaning.role != "other")
     return known / sum(tensor.numel() for tensor in tensors.values())
-
-
-def stored(folder: Path) -> Tensors:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def _load(model_class: Any, folder: Path) -> tuple[Any, dict[str, Any]]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # torch reads it when it is imported: workers do not fight for the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,9 +21,16 @@ from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+if TYPE_CHECKING:
+    from yeam.checkpoint import Checkpoint
+
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")  # no test depends on how busy the machine is
 REPOSITORY = Path(__file__).parents[1]
+Llama = Callable[..., Path]  # the fixture `llama`
+WEIGHTS = "model.safetensors"
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+Q, UP = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 os.environ.pop("HF_HUB_OFFLINE", None)  # a server on this machine stands in for the Hub
 
 
@@ -84,8 +91,14 @@ def save_model(
     return folder
 
 
+def whole(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor of a checkpoint in its shape."""
+    info = checkpoint.tensors[name]
+    return checkpoint.read(name, 0, info.numel).view(info.shape)
+
+
 @pytest.fixture
-def llama(tmp_path: Path) -> Callable[..., Path]:
+def llama(tmp_path: Path) -> Llama:
     """`llama("a", seed=1, layers=2, vocab=32, dtype=torch.bfloat16, shards=2, change={}, config={})` makes tmp_path/a.
 
     `change` replaces or adds tensors (None drops one), `config` updates config.json; the seed follows from the name.
@@ -124,6 +137,12 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def pair(llama: Llama, recipe: Callable[..., Path]) -> Path:
+    """A recipe over two models."""
+    return recipe(llama("a"), llama("b", shards=2))
 
 
 def command(*words: object) -> list[str]:

@@ -11,15 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_model
+from conftest import WEIGHTS, Q, save_model
 from safetensors.torch import load_file
 
 import yeam
 from yeam.checkpoint.safetensors import SafetensorsCheckpoint
-
-Q = "model.layers.1.self_attn.q_proj.weight"
-EMBEDDING = "model.embed_tokens.weight"
-WEIGHTS = "model.safetensors"
 
 
 def edit_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

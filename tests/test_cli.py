@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 from conftest import command, environment
@@ -19,11 +18,6 @@ import yeam
 from yeam.cli.app import app
 
 HEAVY = ("torch", "transformers", "huggingface_hub", "numpy")
-
-
-@pytest.fixture
-def pair(llama, recipe) -> Path:
-    return recipe(llama("a"), llama("b"))
 
 
 def run(*words: object) -> tuple[int, str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Llama
 from safetensors.torch import load_file
 from test_stage import FakeCuda
 from torch import Tensor
@@ -26,7 +27,6 @@ from yeam.engine.stage import CpuStage, CudaStage
 from yeam.errors import CheckpointError
 from yeam.planning.jobs import Job
 
-Llama = Callable[..., Path]
 Recipe = Callable[..., Path]
 
 

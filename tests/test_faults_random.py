@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import itertools
 import os
@@ -10,13 +9,13 @@ import random
 import shutil
 import signal
 import threading
-from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import forked
 from conftest import same_output, snapshot
+from disks import PLENTY, Room, mount_alone, os_error
 
 import yeam
 
@@ -117,25 +116,10 @@ def test_killed_at_random_moments(llama, recipe, tmp_path):
     assert len(list((tmp_path / "whole" / "out").glob("*.safetensors"))) > 3
 
 
-def mount(folder: Path, size: int) -> bool:
-    """Mount a disk in memory for this process and its children alone; False where the system does not let it."""
-    new_namespace, new_user = 0x00020000, 0x10000000  # CLONE_NEWNS, CLONE_NEWUSER
-    private = 0x4000 | 1 << 18  # MS_REC | MS_PRIVATE
-    system, user = ctypes.CDLL(None), os.geteuid()
-    if system.unshare(new_namespace) != 0:
-        if system.unshare(new_namespace | new_user) != 0:
-            return False
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-    if system.mount(b"none", b"/", None, private, None) != 0:
-        return False
-    return bool(system.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, f"size={size}".encode()) == 0)
-
-
 def full_at_random(recipe: str, disk: str, whole: str, seed: int) -> tuple[bool, list[str], list[int]]:
     """Merge onto a disk that gets full at random moments, make room, go on; (whether the disk is real, errors, what was kept)."""
     chance, folder, size = random.Random(seed), Path(disk), 1 << 20
-    real = mount(folder, size)
+    real = mount_alone(folder, size)
     target, junk, messages, kept = folder / "out", folder / "junk", [], []
     read, write = os.pipe()
     tell = os.write  # which may come to fail
@@ -146,14 +130,14 @@ def full_at_random(recipe: str, disk: str, whole: str, seed: int) -> tuple[bool,
         """As a disk on which nothing can be reserved, whose free space is not to be known, and which others write to as well."""
 
         def refuse(fd: int, offset: int, length: int) -> None:
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            raise os_error(errno.EOPNOTSUPP)
 
         if not reserves:
             os.posix_fallocate = refuse  # type: ignore[assignment]
-            usage = namedtuple("usage", "total used free")
-            shutil.disk_usage = lambda path: usage(1 << 40, 0, 1 << 40)  # type: ignore[assignment]
+            shutil.disk_usage = lambda path: PLENTY  # type: ignore[assignment]
         if not real:
-            _simulate(rest)
+            room = Room(rest)
+            os.pwrite, os.write = room.limited(os.pwrite), room.limited(os.write)  # type: ignore[assignment]
         try:
             yeam.merge(recipe, target)
         except yeam.OutputError as error:
@@ -180,24 +164,6 @@ def full_at_random(recipe: str, disk: str, whole: str, seed: int) -> tuple[bool,
             shutil.rmtree(target)
             assert list(folder.iterdir()) == []
     return real, messages, kept
-
-
-def _simulate(rest: int) -> None:
-    """Calls that write fail as on a full disk after so many bytes."""
-    left, guard = [rest], threading.Lock()
-
-    def limited(real: Callable[..., int]) -> Callable[..., int]:
-        def call(fd: int, data: memoryview, *arguments: int) -> int:
-            with guard:
-                allowed = min(len(data), left[0])
-                left[0] -= allowed
-            if not allowed and len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(fd, data[:allowed], *arguments)
-
-        return call
-
-    os.pwrite, os.write = limited(os.pwrite), limited(os.write)  # type: ignore[assignment]
 
 
 def test_disk_full_at_random_moments(llama, recipe, tmp_path):

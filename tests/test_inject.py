@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Llama
 from held_inputs import HeldInputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_vocabulary import add_tokenizer
+from small_tokenizers import SPECIAL, add_words
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -30,7 +30,6 @@ from yeam.injection import inject_recipe
 from yeam.methods import method_named
 from yeam.methods.inject import panels_of, resolve
 
-Llama = Callable[..., Path]
 FAMILY = REPOSITORY / "examples" / "tiny-family"
 MODELS = FAMILY / "models"
 
@@ -316,18 +315,17 @@ def test_a_base_that_is_no_ancestor_is_told(tmp_path: Path, llama: Llama) -> Non
 def test_sources_of_another_vocabulary(tmp_path: Path, llama: Llama) -> None:
     """Shared tokens are found by what they stand for; rows of other tokens stay the target's, with and without a base."""
     words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(13))]
-    target = add_tokenizer(llama("target", vocab=16), words)
-    base = add_tokenizer(llama("base", vocab=16), words)
+    target = add_words(llama("target", vocab=16), words, **SPECIAL[0])
+    base = add_words(llama("base", vocab=16), words, **SPECIAL[0])
     source = llama("source", vocab=16)
     name = "model.embed_tokens.weight"
-    tensors = load_file(add_tokenizer(source, words) / "model.safetensors")
+    tensors = load_file(add_words(source, words, **SPECIAL[0]) / "model.safetensors")
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     kept = [words[i] for i in order.tolist() if words[i] not in ("w3", "w4")]
     rows = torch.cat([tensors[name][words.index(word)][None] for word in kept] + [torch.randn(4, 16)])
     renamed = [*kept, *(f"new{i}" for i in range(4))]
-    other = add_tokenizer(
-        llama("other", vocab=len(renamed), change={**tensors, name: rows, "lm_head.weight": rows.clone()}), renamed
-    )
+    change = {**tensors, name: rows, "lm_head.weight": rows.clone()}
+    other = add_words(llama("other", vocab=len(renamed), change=change), renamed, **SPECIAL[0])
     mine = load_file(target / "model.safetensors")[name]
     for number, origin in enumerate((base, None)):
         options = {"base": origin, "roles": "embedding", "protect": "none", "frames": "none", "budget": 10.0}

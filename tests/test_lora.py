@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from conftest import whole
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -108,11 +109,6 @@ def merged(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return model.merge_and_unload().state_dict()
-
-
-def whole(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    info = checkpoint.tensors[name]
-    return checkpoint.read(name, 0, info.numel).view(info.shape)
 
 
 def assert_equals(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> None:

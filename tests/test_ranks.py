@@ -16,8 +16,8 @@ import forked
 import pytest
 import torch
 from conftest import same_output
+from disks import mount_alone
 from hub_server import HubServer, Repository, point_at
-from test_faults_random import mount
 from typer.testing import CliRunner
 
 import yeam
@@ -162,7 +162,7 @@ def test_several_machines(llama, recipe, finish, tmp_path):
 
 def hide(folder: Path) -> None:
     """Rank 1 has another disk in the folder's place."""
-    if os.environ["RANK"] == "1" and not mount(folder, 1 << 20):
+    if os.environ["RANK"] == "1" and not mount_alone(folder, 1 << 20):
         os._exit(77)
 
 

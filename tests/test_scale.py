@@ -9,13 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from conftest import Llama
 
 import yeam
 from yeam.api import _planned
 from yeam.errors import CheckpointError
 from yeam.planning.collector import uncollected
 
-Llama = Callable[..., Path]
 Recipe = Callable[..., Path]
 
 

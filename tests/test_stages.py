@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-import yaml
 from conftest import save_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from typer.testing import CliRunner
+from unfinished import Stop, stop_after
 
 import yeam
 import yeam.engine.run
@@ -25,8 +24,7 @@ import yeam.planning.stages
 from yeam.checkpoint.safetensors import SafetensorsCheckpoint
 from yeam.cli.app import app
 from yeam.engine.run import Progress
-from yeam.errors import CheckpointError, ConfigError, UserError, YeamError
-from yeam.recipe import StageRef, load_recipe, parse_recipe
+from yeam.errors import CheckpointError, UserError, YeamError
 
 Recipe = dict[str, Any]
 
@@ -191,19 +189,9 @@ def test_a_killed_run_continues_in_its_stages(models: dict[str, Path], tmp_path:
     ]
     yeam.merge(stages, tmp_path / "whole")
 
-    class Killed(Exception):
-        pass
-
-    seen: list[Progress] = []
     for limit in (5, 30, 50):
-
-        def stop(event: Progress, limit: int = limit) -> None:
-            seen.append(event)
-            if event.tensors >= limit:
-                raise Killed
-
-        with pytest.raises(Killed):
-            yeam.merge(stages, tmp_path / "out", progress=stop)
+        with pytest.raises(Stop):
+            yeam.merge(stages, tmp_path / "out", progress=stop_after(limit))
     folders = list((tmp_path / "out.partial" / "stages").iterdir())
     assert len(folders) == 2 and not (tmp_path / "out").exists()
     events: list[Progress] = []
@@ -289,95 +277,25 @@ def test_faults_in_what_passes_through_memory_are_named(
         in_folders(monkeypatch)
 
 
-TWO = """\
-name: first
-merge_method: linear
-models:
-  - model: lab/a
-    parameters: {weight: 1}
----
-merge_method: linear
-models:
-  - model: first
-    parameters: {weight: 1}
-"""
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (("name: first", "name: other"), "r.yaml:1: the stage 'other' is not used by any other"),
-        (("---\n", "---\nname: last\n---\n"), "r.yaml:7: 'merge_method' is missing at the top level"),
-        (("name: first\n", ""), "r.yaml:6: a second document without a `name:`; the first is at r.yaml:1"),
-        (("---\n", "---\nname: first\n"), "r.yaml:7: two documents are named 'first'; the first is at r.yaml:1"),
-        (("lab/a", "first"), "r.yaml:4: stages use each other in a circle: first → first"),
-        (
-            (
-                "lab/a\n    parameters: {weight: 1}\n",
-                "third\n---\nname: third\nmerge_method: linear\nmodels: [{model: first}]\n",
-            ),
-            "r.yaml:8: stages use each other in a circle: first → third → first",
-        ),
-        (("name: first", "name: first\noutput: x"), "r.yaml:2: the stage 'first' is an intermediate, which is not"),
-        (("weight: 1}\n---", "weights: 1}\n---"), "r.yaml:5: method 'linear' has no parameter 'weights' (did you mean"),
-        (("- model: first", "- model: first+"), "r.yaml:9: '' does not name a model"),
-        (("---", "---\n- 1\n---"), "r.yaml:7: a recipe is a mapping of keys to values, not a list"),
-    ],
-)
-def test_what_does_not_fit_together_is_said_with_its_line(
-    change: tuple[str, str], expected: str, llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_memory_and_disk_are_checked_before_any_stage_runs(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llama("lab/a")
-    monkeypatch.chdir(tmp_path)
-    text = TWO.replace(*change)
-    assert text != TWO
-    Path("r.yaml").write_text(text)
-    with pytest.raises(ConfigError) as error:
-        yeam.plan("r.yaml")
-    assert error.value.message.startswith(expected)
-
-
-def test_a_misspelt_stage_is_suggested(
-    llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    llama("lab/a")
-    monkeypatch.chdir(tmp_path)
-    third = TWO.replace("model: first\n", "model: ./frst\n  - model: first\n")
-    with pytest.raises(UserError) as error:
-        yeam.plan([*yaml.safe_load_all(third)])
-    assert "./frst: there is no such folder" in error.value.message
-    assert error.value.remedy.endswith("or name a stage (did you mean 'first'?)")
-
-
-def test_overrides_name_their_stage() -> None:
-    def changed(*overrides: str) -> list[Mapping[str, Any]]:
-        loaded = parse_recipe(TWO, overrides=overrides)
-        return [document.recipe.plain() for document in loaded.documents]
-
-    first, last = changed("first.dtype=float16", "math=exact", "*.parameters.normalize=false", "models.0.parameters={}")
-    assert first["dtype"] == "float16" and "math" not in first and "dtype" not in last and last["math"] == "exact"
-    assert first["parameters"] == last["parameters"] == {"normalize": False}
-    assert first["models"][0]["parameters"] == {"weight": 1} and "weight" not in last["models"][0]["parameters"]
-    named = TWO.replace("---\n", "---\nname: final\n").replace("first", "v1.0")
-    loaded = parse_recipe(named, overrides=["v1.0.dtype=float16", "out_dtype=bfloat16"])
-    assert loaded.name == "final" and loaded.recipe.out_dtype == "bfloat16"
-    assert loaded.stages[0].recipe.dtype == "float16"
-    assert parse_recipe(loaded.text).documents[0].recipe == loaded.stages[0].recipe  # what is kept can be run again
-    with pytest.raises(ConfigError, match="'frist' is neither a stage nor a key of recipes \\(did you mean 'first'"):
-        changed("frist.dtype=float16")
-
-
-def test_one_document_needs_no_stages_and_names_are_free() -> None:
-    one = load_recipe({"merge_method": "linear", "name": "lab", "models": [{"model": "lab"}]})
-    assert one.stages == () and one.recipe.models is not None and not isinstance(one.recipe.models[0].model, StageRef)
-    assert load_recipe([{"merge_method": "linear", "models": [{"model": "lab"}]}]).stages == ()
-    with pytest.raises(ConfigError, match=r"r.yaml: the recipe is empty"):
-        parse_recipe("---\n---\n# nothing\n", "r.yaml")
-    loaded = parse_recipe("---\n" + TWO + "---\n")  # empty documents are none
-    assert [document.name for document in loaded.documents] == ["first", "merge"]
-    with pytest.raises(ConfigError, match=r"^recipe\[1\], models\[0\]\.nope: unknown key"):
-        load_recipe([{"merge_method": "linear", "name": "x", "models": [{"model": "lab"}]},
-                     {"merge_method": "linear", "models": [{"model": "x", "nope": 1}]}])  # fmt: skip
+    a, b, c = models.values()
+    stages = [
+        on_base("slerp", a, b, name="one", parameters={"t": 0.5}),
+        on_base("slerp", "one", c, parameters={"t": 0.5}),
+    ]
+    events: list[Progress] = []
+    with pytest.raises(UserError, match="MiB allowed"):
+        yeam.merge(stages, tmp_path / "out", memory=1, progress=events.append)
+    usage = shutil.disk_usage(tmp_path)
+    # enough for the result, which is reserved first, and then no more
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage if "stages" not in str(path) else usage._replace(free=9)
+    )
+    with pytest.raises(YeamError, match="not enough disk space"):
+        yeam.merge(stages, tmp_path / "out", progress=events.append)
+    assert not events
 
 
 def test_plan_and_report_show_the_stages(models: dict[str, Path], tmp_path: Path) -> None:
@@ -406,96 +324,3 @@ def test_plan_and_report_show_the_stages(models: dict[str, Path], tmp_path: Path
     assert "### Stage `one [x]`, method `linear`" in card and "| stage `two` |" in card
     written = json.loads((tmp_path / "out" / "yeam_report.json").read_text())
     assert [stage["streamed"] for stage in written["stages"]] == [True, False]
-
-
-def test_memory_and_disk_are_checked_before_any_stage_runs(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    a, b, c = models.values()
-    stages = [
-        on_base("slerp", a, b, name="one", parameters={"t": 0.5}),
-        on_base("slerp", "one", c, parameters={"t": 0.5}),
-    ]
-    events: list[Progress] = []
-    with pytest.raises(UserError, match="MiB allowed"):
-        yeam.merge(stages, tmp_path / "out", memory=1, progress=events.append)
-    usage = shutil.disk_usage(tmp_path)
-    # enough for the result, which is reserved first, and then no more
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: usage if "stages" not in str(path) else usage._replace(free=9)
-    )
-    with pytest.raises(YeamError, match="not enough disk space"):
-        yeam.merge(stages, tmp_path / "out", progress=events.append)
-    assert not events
-
-
-# --- the same layers again
-
-
-def slices(*ranges: tuple[object, int, int, bool], **keys: Any) -> Recipe:
-    pieces = [
-        {"sources": [{"model": str(model), "layer_range": [first, end]}], **({"tie": True} if tie else {})}
-        for model, first, end, tie in ranges
-    ]
-    return {"merge_method": "passthrough", "slices": pieces, **keys}
-
-
-def test_tied_layers_are_written_again_where_the_format_has_no_aliases(
-    llama: Callable[..., Path], tmp_path: Path
-) -> None:
-    a = llama("a", layers=3)
-    report = yeam.merge(slices((a, 0, 3, False), (a, 1, 3, True)), tmp_path / "out")
-    layer = sum(tensor.nbytes for name, tensor in load_file(a / "model.safetensors").items() if ".layers.1." in name)
-    assert report.notes == [
-        f"tie: model.layers: layers 3, 4 repeat earlier ones and cannot be stored once, so {2 * layer:,} bytes are written "
-        "again: safetensors has no aliases, and llama loads every layer under its own name"
-    ]
-    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").model
-    for again, first in ((3, 1), (4, 2)):
-        theirs = dict(model.layers[first].named_parameters())
-        assert all(torch.equal(value, theirs[name]) for name, value in model.layers[again].named_parameters())
-
-
-def test_what_repeats_nothing_cannot_be_tied(llama: Callable[..., Path], tmp_path: Path) -> None:
-    a, b = llama("a", layers=3), llama("b", layers=3)
-    with pytest.raises(
-        ConfigError, match=r"slices\[1\].tie: model.layers.2 is to be tied, and repeats no earlier layer"
-    ):
-        yeam.plan(slices((a, 0, 2, False), (a, 2, 3, True)))
-    with pytest.raises(ConfigError, match=r"model.layers.2 is to be tied"):
-        yeam.plan(slices((a, 0, 2, False), (b, 0, 1, True)))
-    scaled = slices((a, 0, 2, False), (a, 0, 1, True))
-    scaled["slices"][1]["parameters"] = {"scale": [{"filter": "o_proj", "value": 0.5}]}
-    with pytest.raises(
-        ConfigError, match=r"of the same layers as model.layers.0, but self_attn.o_proj.weight has other"
-    ):
-        yeam.plan(scaled)
-
-
-def albert(folder: Path, groups: int, layers: int) -> Path:
-    torch.manual_seed(groups)
-    config = tf.AlbertConfig(
-        vocab_size=32, embedding_size=8, hidden_size=16, num_hidden_layers=layers, num_hidden_groups=groups,
-        num_attention_heads=2, intermediate_size=32, inner_group_num=1,
-    )  # fmt: skip
-    model = tf.AlbertForMaskedLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
-    model.save_pretrained(folder)
-    return folder
-
-
-def test_a_family_that_shares_layers_stores_a_tied_one_once(tmp_path: Path) -> None:
-    source = albert(tmp_path / "albert", groups=2, layers=4)  # each group is applied twice
-    recipe = slices((source, 0, 1, False), (source, 0, 1, True), (source, 1, 2, False), (source, 1, 2, True))
-    report = yeam.merge(recipe, tmp_path / "out")
-    assert report.notes == [] and report.totals["bytes"] == yeam.plan(slices((source, 0, 2, False))).total_bytes
-    deeper = tf.AlbertForMaskedLM.from_pretrained(source, num_hidden_layers=8)  # the same groups, four times each
-    merged, problems = tf.AlbertForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not problems["missing_keys"] and (merged.config.num_hidden_layers, merged.config.num_hidden_groups) == (8, 2)
-    tokens = torch.tensor([[1, 5, 9, 2]])
-    with torch.no_grad():
-        torch.testing.assert_close(merged.eval()(tokens).logits, deeper.eval()(tokens).logits)
-    uneven = yeam.plan(slices((source, 0, 2, False), (source, 0, 1, True)))
-    assert [note for note in uneven.notes if "albert shares only layers that follow each other" in note]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import EMBED, HEAD, Llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_tokenizer_union import trained
+from small_tokenizers import trained
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import yeam
@@ -29,8 +29,6 @@ from yeam.vocabulary.gather import Part
 from yeam.vocabulary.tokens import Tokens, read_tokens
 from yeam.vocabulary.view import Rows, VocabularyView
 
-Llama = Callable[..., Path]
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WIDTH = 16
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import HEAD, REPOSITORY, UP
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -17,8 +17,6 @@ import yeam
 from yeam.cli.app import app
 
 FAMILY = REPOSITORY / "examples" / "tiny-family" / "models"
-UP = "model.layers.1.mlp.up_proj.weight"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @pytest.fixture

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from conftest import Llama
+from plans import refuses
+from small_tokenizers import SPECIAL, add_words
+from transformers import AutoTokenizer
 
 import yeam
-from yeam.errors import CheckpointError, ConfigError
+from yeam.errors import CheckpointError
 from yeam.vocabulary.chat import named_templates
 
-Llama = Callable[..., Path]
 WORDS = ("<unk>", "<s>", "</s>", "Hi", "there", "more")
 TALK = [
     {"role": "system", "content": "Be kind."},
@@ -25,17 +25,6 @@ TALK = [
 ]
 
 
-def add_tokenizer(folder: Path, words: Sequence[str] = WORDS, template: str | None = None, **special: str) -> Path:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **(special or {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"})
-    )
-    fast.chat_template = template
-    fast.save_pretrained(folder)
-    return folder
-
-
 def recipe(*folders: Path, **keys: Any) -> dict[str, Any]:
     return {
         "merge_method": "linear",
@@ -43,12 +32,6 @@ def recipe(*folders: Path, **keys: Any) -> dict[str, Any]:
         "parameters": {"weight": 1},
         **keys,
     }
-
-
-def refuses(config: Any, *words: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        yeam.plan(config)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 FORMATS = {
@@ -79,11 +62,11 @@ FORMATS = {
 def test_named_templates(tmp_path: Path, llama: Llama) -> None:
     """Each renders, from the output folder, the format that its models know, also without special tokens."""
     assert set(named_templates()) == set(FORMATS)
-    inline = add_tokenizer(llama("inline"), template="inline {{ messages }}")
+    inline = add_words(llama("inline"), WORDS, "inline {{ messages }}", **SPECIAL[0])
     (inline / "chat_template.jinja").unlink()
     settings = json.loads((inline / "tokenizer_config.json").read_text())
     (inline / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "inline {{ messages }}"}))
-    bare = add_tokenizer(llama("bare"), unk_token="<unk>")
+    bare = add_words(llama("bare"), WORDS, unk_token="<unk>")
     for name, (text, prompt) in FORMATS.items():
         out = tmp_path / "out" / name
         yeam.merge(recipe(inline, chat_template=name), out)
@@ -99,7 +82,7 @@ def test_named_templates(tmp_path: Path, llama: Llama) -> None:
 def test_which_template(tmp_path: Path, llama: Llama) -> None:
     """Without the key the tokenizer's own; `auto` the most common, the first of equals; literal Jinja as it is."""
     one, two = "{{ messages[0]['content'] }} 1", "{{ messages[0]['content'] }} 2"
-    a, b, c = (add_tokenizer(llama(n), template=t) for n, t in (("a", one), ("b", two), ("c", two)))
+    a, b, c = (add_words(llama(n), WORDS, t, **SPECIAL[0]) for n, t in (("a", one), ("b", two), ("c", two)))
     none = llama("none")
 
     def chosen(*folders: Path, **keys: Any) -> str | None:
@@ -128,7 +111,9 @@ def test_which_template(tmp_path: Path, llama: Llama) -> None:
 
 def test_tokenizer_source(tmp_path: Path, llama: Llama) -> None:
     """Equal vocabularies leave the chosen tokenizer's files as they are, however the others are written down."""
-    a, b, other = (add_tokenizer(llama(n), w) for n, w in (("a", WORDS), ("b", WORDS), ("other", WORDS[::-1])))
+    a, b, other = (
+        add_words(llama(n), w, **SPECIAL[0]) for n, w in (("a", WORDS), ("b", WORDS), ("other", WORDS[::-1]))
+    )
     rewritten = json.loads((b / "tokenizer.json").read_text())
     (b / "tokenizer.json").write_text(json.dumps(rewritten))
     (b / "special_tokens_map.json").write_text('{"from": "b"}')

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import transformers as T
+from family_models import Saved
+from interpreter import Interpreter
 from safetensors.torch import load_file, save_file
-from test_families import Interpreter, Saved
 from torch import Tensor
 
 from yeam.checkpoint import open_checkpoint
