@@ -17,6 +17,7 @@ from torch import Tensor
 
 LEAST_SHARE = 0.01  # of an axis that is taken to be more than rounding
 FLOOR = 1e-6  # eigenvalues below this share of the matrix's largest are treated as this share
+LEAST_CUT = 128  # axes of a Gram matrix that is worth computing by halves
 _TILE = 1 << 18  # elements of a band of rows: gathered, multiplied and put back while in the cache
 
 
@@ -62,6 +63,9 @@ def _spread_columns_(
                 grams.add(tile_RN)
             band_RN.copy_(tile_RN)
         place_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(columns))
+        if not last:
+            for gram_Fww in grams.grams:
+                _mirror_(gram_Fww)
         before = None if last else (grams, _powers(grams.grams, alpha, 0.0 if number else noise))
 
 
@@ -80,7 +84,9 @@ def _spread_rows_(
         grams = []
         for band_R in bands:
             frame_FwN = _row_frames(x_MN.index_select(0, band_R), width)
-            grams.append(torch.bmm(frame_FwN, frame_FwN.mT))
+            grams.append(frame_FwN.new_zeros(len(frame_FwN), frame_FwN.shape[1], frame_FwN.shape[1]))
+            _add_gram_(grams[-1], frame_FwN.mT)
+            _mirror_(grams[-1])
         for band_R, power_Fww in zip(bands, _powers(grams, alpha, 0.0 if number else noise)):
             frame_FwN = _row_frames(x_MN.index_select(0, band_R), width)
             _put_rows(x_MN, band_R, torch.bmm(power_Fww, frame_FwN).view(-1, columns))
@@ -126,6 +132,26 @@ def _put_rows(x_MN: Tensor, band_R: Tensor, tile_RN: Tensor) -> None:
         x_MN.index_copy_(0, band_R, tile_RN)
 
 
+def _add_gram_(gram_Fww: Tensor, x_FRw: Tensor) -> None:
+    """Add XᵀX of every frame, without the lower left quarter, which mirrors the upper right one."""
+    half = _half(x_FRw.shape[2])
+    left_FRh, right_FRh = x_FRw[:, :, :half], x_FRw[:, :, half:]
+    gram_Fww[:, :half, :half].baddbmm_(left_FRh.mT, left_FRh)
+    if half < x_FRw.shape[2]:
+        gram_Fww[:, :half, half:].baddbmm_(left_FRh.mT, right_FRh)
+        gram_Fww[:, half:, half:].baddbmm_(right_FRh.mT, right_FRh)
+
+
+def _mirror_(gram_Fww: Tensor) -> None:
+    half = _half(gram_Fww.shape[2])
+    gram_Fww[:, half:, :half] = gram_Fww[:, :half, half:].mT
+
+
+def _half(width: int) -> int:
+    """Where a Gram matrix is cut; narrow ones are not worth it."""
+    return width // 2 if width >= LEAST_CUT else width
+
+
 class _ColumnGrams:
     """Gram matrices of consecutive frames of columns, summed over bands; the last frame may be narrower."""
 
@@ -145,8 +171,9 @@ class _ColumnGrams:
         return [*parts, tile_RN[None, :, self._whole :]] if self._whole < tile_RN.shape[1] else parts
 
     def add(self, tile_RN: Tensor) -> None:
+        """Its products, of which `_mirror_` makes whole Gram matrices when all bands are in."""
         for gram_Fww, frame_FRw in zip(self.grams, self._frames(tile_RN)):
-            gram_Fww.baddbmm_(frame_FRw.mT, frame_FRw)
+            _add_gram_(gram_Fww, frame_FRw)
 
     def apply_(self, tile_RN: Tensor, powers: list[Tensor]) -> Tensor:
         for power_Fww, frame_FRw in zip(powers, self._frames(tile_RN)):
