@@ -39,20 +39,23 @@ class HeldInputs:
         self.facts: list[dict[str, object]] = []
         self._sources_KT, self._base, self._tile = sources_KT.reshape(self.K, -1), base, tile
 
-    def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
+    def tiles(
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1
+    ) -> Iterator[Tile]:
         stop = self._sources_KT.shape[1] if stop is None else stop
-        for begin in range(start, stop, self._tile):
-            end = min(begin + self._tile, stop)
+        step = max(1, self._tile // unit) * unit
+        for begin in range(start, stop, step):
+            end = min(begin + step, stop)
             base_T = self._base.flatten()[begin:end].clone() if self._base is not None else None
             yield Tile(begin, end, self._sources_KT[: 0 if base_only else None, begin:end].clone(), base_T)
 
     def stored_tiles(
-        self, start: int = 0, stop: int | None = None, *, base_only: bool = False
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1
     ) -> Iterator[StoredTile] | None:
-        return self._stored_tiles(start, stop, base_only) if self._stored else None
+        return self._stored_tiles(start, stop, base_only, unit) if self._stored else None
 
-    def _stored_tiles(self, start: int, stop: int | None, base_only: bool) -> Iterator[StoredTile]:
-        for tile in self.tiles(start, stop, base_only=base_only):
+    def _stored_tiles(self, start: int, stop: int | None, base_only: bool, unit: int) -> Iterator[StoredTile]:
+        for tile in self.tiles(start, stop, base_only=base_only, unit=unit):
             rows_VT = torch.cat([tile.sources_KT, *([] if tile.base_T is None else [tile.base_T[None]])])
             kind = KINDS[{torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[rows_VT.dtype]]
             yield StoredTile(tile.start, tile.stop, words(rows_VT), kind)

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Llama
+from conftest import Llama, same_output
 from safetensors.torch import load_file
 from test_stage import FakeCuda
 from torch import Tensor
 
 import yeam
-from yeam.engine import copying, dropbehind, readahead
+from yeam.engine import copying, dropbehind, readahead, tiles
 from yeam.engine import run as engine
 from yeam.engine.stage import CpuStage, CudaStage
 from yeam.errors import CheckpointError
@@ -191,6 +191,32 @@ def test_nan_in_a_copy_is_found(tmp_path: Path, llama: Llama, recipe: Recipe, sh
         yeam.merge(config, tmp_path / "out")
     report = yeam.merge(config, tmp_path / "out", allow_nan=True)
     assert sharing and yeam.verify(tmp_path / "out").problems and report.totals["tensors"] == 21
+
+
+@pytest.mark.parametrize("method", ["slerp", "ties", "yeam"])
+def test_passes_after_the_first_find_what_was_read(
+    method: str, tmp_path: Path, llama: Llama, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor that fits is read once; without the memory for it as often as there are passes, for the same bytes."""
+    preadv, counted = os.preadv, [0]
+
+    def counting(fd: int, buffers: list[memoryview], offset: int) -> int:
+        counted[0] += len(buffers[0])
+        return preadv(fd, buffers, offset)
+
+    a, b, base = (llama(name, hidden=64) for name in ("a", "b", "base"))
+    values: dict[str, Any] = {"slerp": {"t": 0.4}, "ties": {"weight": 0.5, "density": 0.5}}.get(method, {})
+    models = [a, base] if method == "slerp" else [a, b]
+    config = recipe(*models, merge_method=method, base_model=base, parameters=values, dtype="bfloat16")
+    monkeypatch.setattr(os, "preadv", counting)
+    yeam.merge(config, tmp_path / "once" / "out")
+    once, counted[0] = counted[0], 0
+    monkeypatch.setattr(tiles, "KEPT", 0)
+    yeam.merge(config, tmp_path / "again" / "out")
+    nbytes = sum(tensor.nbytes for tensor in load_file(base / "model.safetensors").values())
+    inputs = len({*models, base})
+    assert once == inputs * nbytes and counted[0] > 1.3 * once
+    same_output(tmp_path / "once" / "out", tmp_path / "again" / "out")
 
 
 @pytest.fixture

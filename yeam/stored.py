@@ -135,6 +135,20 @@ def add_products(word_VS, kind, T, relative, products):  # type: ignore[no-untyp
 
 
 @_fused
+def differences(word_VS, kind, start, delta_KT, base_T):  # type: ignore[no-untyped-def]
+    """Elements from `start` on: x_k − base into delta_KT [K, T], and the base, the row after the K sources, into base_T (float32)."""
+    K, T = delta_KT.shape
+    for begin in range(0, T, STEP):
+        size = min(STEP, T - begin)
+        base = base_T[begin : begin + size]
+        widen(word_VS[K], start + begin, kind, base, base.view(np.uint32))
+        for k in range(K):
+            delta = delta_KT[k, begin : begin + size]
+            widen(word_VS[k], start + begin, kind, delta, delta.view(np.uint32))
+            _subtract(delta, base)
+
+
+@_fused
 def shift(word_S, kind, point_T, factor, out_T):  # type: ignore[no-untyped-def]
     """x + factor · point into out_T [T] (float32), x being one row."""
     bits = np.empty(STEP, np.uint32)

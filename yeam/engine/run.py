@@ -30,7 +30,7 @@ from yeam.engine.output import Destination
 from yeam.engine.readahead import ReadAhead
 from yeam.engine.stage import CpuStage, free_bytes, stage_for
 from yeam.engine.stepdown import LEAST_TILE, stepping_down
-from yeam.engine.tiles import Cancelled, JobInputs, Lane, device_bytes, tile_bytes
+from yeam.engine.tiles import Cancelled, JobInputs, Lane, device_bytes, kept_bytes, tile_bytes
 from yeam.engine.totals import Pool, Totals
 from yeam.errors import UserError, YeamError
 from yeam.methods import method_named
@@ -86,7 +86,7 @@ def run(
     todo = [job for job in plan.jobs if job.name not in output.finished]
     if jobs is not None:
         todo = [job for job in jobs if job.name not in output.finished]
-    lanes, fitting = _lanes(plan.jobs, checkpoints, device, memory)
+    lanes, fitting, keeps = _lanes(plan.jobs, checkpoints, device, memory)
     tile = fitting if tile is None else tile
     lanes = max(1, min(lanes, len(todo), cores() // neighbours))
     done = len(plan.jobs) - len(todo)
@@ -94,7 +94,7 @@ def run(
     ordered = _order(todo, lanes)
     downloads = Downloads(plan.jobs, ordered, checkpoints)
     behind = DropBehind(plan, todo, checkpoints, output)
-    crew = _Crew(plan, checkpoints, output, device, lanes, tile, downloads, behind, pool, memory)
+    crew = _Crew(plan, checkpoints, output, device, lanes, tile, keeps, downloads, behind, pool, memory)
     # sums and factorizations differ in their last bits with the number of threads, and no output may depend on the lanes
     with (
         _intra_op_threads(1 if device.type == "cpu" else max(1, cores() // lanes)),
@@ -141,7 +141,9 @@ def costs_of(plan: Plan, checkpoints: Sequence[Checkpoint], memory: int) -> dict
     tile = _ample_tile(plan.jobs, checkpoints)
     tiles = max((tile_bytes(job, checkpoints, tile) for job in plan.jobs), default=0)
     lanes = _lane_count(plan.jobs, memory - anonymous_bytes(), tiles, resident, cores())
-    peak = anonymous_bytes() + lanes * (tiles + resident)
+    kept = max((kept_bytes(job, checkpoints, tile) for job in plan.jobs), default=0)
+    least = anonymous_bytes() + lanes * (tiles + resident)
+    peak = max(least, min(least + lanes * kept, memory))
     return {"read_bytes": sum(by_role.values()), "read_by_role": by_role, "peak_memory": peak}
 
 
@@ -151,13 +153,14 @@ def _is_streamed(checkpoints: Sequence[Checkpoint], source: Input) -> bool:
 
 def _lanes(
     todo: Sequence[Job], checkpoints: Sequence[Checkpoint], device: torch.device, memory: int
-) -> tuple[int, int]:
-    """How many jobs run at a time, and the elements of a tile: fewer than usual where many sources would not fit."""
+) -> tuple[int, int, int]:
+    """How many jobs run at a time; the elements of a tile, fewer than usual where many sources would not fit; and the bytes that each
+    may keep of what it reads."""
     available = memory - anonymous_bytes()
     tile = _ample_tile(todo, checkpoints) if device.type == "cpu" else _device_tile(todo, checkpoints, device)
     largest = max(todo, key=lambda job: job.resident, default=None)
     if largest is None:
-        return 1, tile
+        return 1, tile, 0
     resident = largest.resident if device.type == "cpu" else 0
     while True:
         tiles = max(tile_bytes(job, checkpoints, tile) for job in todo)
@@ -171,7 +174,11 @@ def _lanes(
             f"pass --memory {((resident + tiles + memory - available) >> 20) + 64}M or more"
             + (", or `frames: none`" if "frames" in largest.parameters else ""),
         )
-    return _lane_count(todo, available, tiles, resident, 1 if device.type == "cuda" else cores()), tile
+    if device.type == "cuda":
+        return 1, tile, 0
+    lanes = _lane_count(todo, available, tiles, resident, cores())
+    kept = max(kept_bytes(job, checkpoints, tile) for job in todo)
+    return lanes, tile, max(0, min(kept, available // lanes - tiles - resident))
 
 
 def _ample_tile(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> int:
@@ -213,6 +220,7 @@ class _Crew:
         device: torch.device,
         lanes: int,
         tile: int,
+        keeps: int,
         downloads: Downloads,
         behind: DropBehind,
         pool: Pool | None,
@@ -229,7 +237,9 @@ class _Crew:
         self._results: SimpleQueue[Job | BaseException] = SimpleQueue()
         threads = lanes == 1 or device.type == "cuda"
         spare = self._on_the_cpu if device.type == "cuda" else None
-        self._lanes = [Lane(stage_for(device), tile, self._halt, threads=threads, spare=spare) for _ in range(lanes)]
+        self._lanes = [
+            Lane(stage_for(device), tile, self._halt, threads=threads, keeps=keeps, spare=spare) for _ in range(lanes)
+        ]
         self._spare: Lane | None = None
         self._threads: list[threading.Thread] = []
         self._taking = threading.Lock()
@@ -266,7 +276,7 @@ class _Crew:
 
     def _on_the_cpu(self, job: Job) -> Lane:
         """A lane for a job that does not fit on the device. Raises UserError where it does not fit into the memory either."""
-        _, tile = _lanes([job], self._checkpoints, torch.device("cpu"), self._memory)
+        _, tile, _ = _lanes([job], self._checkpoints, torch.device("cpu"), self._memory)
         if self._spare is None:  # there is one lane on CUDA, so nobody else makes it at the same time
             self._spare = Lane(CpuStage(), tile, self._halt, threads=True)
         self._spare.tile_elements = tile

@@ -131,13 +131,15 @@ class _Range(JobInputs):
         super().__init__(job, checkpoints, lane, totals=totals)
         self._range = (begin, end)
 
-    def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
-        yield from super().tiles(*self._range, base_only=base_only)
+    def tiles(
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1
+    ) -> Iterator[Tile]:
+        yield from super().tiles(*self._range, base_only=base_only, unit=unit)
 
     def stored_tiles(
-        self, start: int = 0, stop: int | None = None, *, base_only: bool = False
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1
     ) -> Iterator[StoredTile] | None:
-        return super().stored_tiles(*self._range, base_only=base_only)
+        return super().stored_tiles(*self._range, base_only=base_only, unit=unit)
 
 
 def attach(pipeline: Pipeline) -> None:

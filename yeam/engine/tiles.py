@@ -21,6 +21,7 @@ from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.dtypes import DTYPES
 from yeam.compiled import KINDS, words
 from yeam.engine.stage import CpuStage, Stage, Wait
+from yeam.methods import method_named
 from yeam.methods.inputs import Inputs, StoredTile, Tile
 from yeam.planning.jobs import Companion, Input, Job
 
@@ -32,6 +33,7 @@ ALIGN = 64  # elements: a multiple of four, so that blocks of four never straddl
 STORED = (
     2  # a tile that is not converted is longer by this: it takes no more memory, and fewer turns of the interpreter
 )
+KEPT = 96 << 20  # bytes at most that a lane on the CPU keeps of what it read, for the next pass over the same tensor
 AHEAD = 2  # tiles read before they are asked for, where a lane has a reading thread
 
 
@@ -56,8 +58,8 @@ class Lane:
 
     Several lanes on a CPU read, compute and write at different times anyway, and handing tiles between threads costs more than it
     hides (a third of the time of a linear merge on two cores): then `threads` is False and a lane does all three itself.
-    `spare` gives a lane on the CPU for a job that does not fit on the device, `stepped_down` says that something did not (see
-    `yeam.engine.stepdown`).
+    `keeps`: bytes of what was read of a tensor that may stay for the next pass over it. `spare` gives a lane on the CPU for a job
+    that does not fit on the device, `stepped_down` says that something did not (see `yeam.engine.stepdown`).
     """
 
     def __init__(
@@ -67,9 +69,12 @@ class Lane:
         stop: threading.Event,
         *,
         threads: bool,
+        keeps: int = 0,
         spare: Callable[[Job], Lane] | None = None,
     ) -> None:
         self.stage = stage
+        self.keeps = keeps
+        self.keeper: object = None  # whose bytes are kept
         self.spare = spare
         self.stepped_down: dict[str, Any] = {}
         self.tile_elements = tile_elements
@@ -137,7 +142,11 @@ class JobInputs:
             }
         self._checkpoints = checkpoints
         self._lane = lane
+        self._kept: dict[tuple[int, int], _Part] = {}
         self._step = tile_step(self._own, checkpoints, lane.tile_elements)
+        nbytes = kept_bytes(job, checkpoints, lane.tile_elements)
+        self._keeps = nbytes if companion is None and nbytes <= lane.keeps else 0
+        self._room = 0
 
     def over_model(self, measure: Callable[[Inputs], Sequence[float]]) -> list[float]:
         return self._totals.of(self._job, measure, self._lane)
@@ -148,9 +157,11 @@ class JobInputs:
     def hold(self, *shape: int) -> Tensor:
         return self._lane.work(("held", self._key), shape, self.dtype)
 
-    def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
+    def tiles(
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1
+    ) -> Iterator[Tile]:
         inputs = self._chosen(base_only)
-        with contextlib.closing(self._parts(inputs, start, stop, self._step)) as parts:
+        with contextlib.closing(self._parts(inputs, start, stop, self._in_units(self._step, unit))) as parts:
             for part in parts:
                 T = part.stop - part.start
                 sources_KT = self._lane.work(("sources", self._key), (len(inputs) - self.has_base, T), self.dtype)
@@ -160,10 +171,19 @@ class JobInputs:
                 yield Tile(part.start, part.stop, sources_KT, base_T)
 
     def stored_tiles(
-        self, start: int = 0, stop: int | None = None, *, base_only: bool = False
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1
     ) -> Iterator[StoredTile] | None:
         kind = self._kind
-        return None if kind is None else self._stored(kind, self._chosen(base_only), start, stop)
+        step = self._in_units(STORED * self._step, unit)
+        return None if kind is None else self._stored(kind, self._chosen(base_only), start, stop, step)
+
+    def _in_units(self, step: int, unit: int) -> int:
+        """A tile's elements: about `step`, in multiples of the unit, and of whole rows where an input is computed row by row."""
+        if unit == 1:
+            return step
+        if _by_rows(self._own, self._checkpoints):
+            unit = math.lcm(unit, self.shape[-1])
+        return max(1, step // unit) * unit
 
     def _chosen(self, base_only: bool) -> tuple[Input, ...]:
         base = (self._own.base,) if self._own.base is not None else ()
@@ -177,9 +197,11 @@ class JobInputs:
         found = {self._checkpoints[source.model].tensors[source.tensor].dtype for source in self._own.inputs}
         return KINDS.get(found.pop()) if len(found) == 1 else None
 
-    def _stored(self, kind: int, inputs: tuple[Input, ...], start: int, stop: int | None) -> Iterator[StoredTile]:
+    def _stored(
+        self, kind: int, inputs: tuple[Input, ...], start: int, stop: int | None, step: int
+    ) -> Iterator[StoredTile]:
         itemsize = self._itemsize(inputs[0])
-        with contextlib.closing(self._parts(inputs, start, stop, STORED * self._step)) as parts:
+        with contextlib.closing(self._parts(inputs, start, stop, step)) as parts:
             for part in parts:
                 for raw_T, place in zip(part.raw, part.places):
                     if raw_T.data_ptr() != place.data_ptr():  # computed, and not into the buffer
@@ -192,7 +214,9 @@ class JobInputs:
     ) -> Generator[_Part, None, None]:
         """Tiles as they are read, ahead where the lane has a thread for that; the buffers of one that was served are used again after
         its `waits`."""
-        stop = math.prod(self.shape) if stop is None else stop
+        size = math.prod(self.shape)
+        stop = size if stop is None else stop
+        whole = (start, stop) == (0, size) and inputs == self._own.inputs
         lane = self._lane
         waiting: deque[tuple[Future[_Part], int]] = deque()
         busy: dict[int, list[Wait]] = {}
@@ -202,7 +226,7 @@ class JobInputs:
                 for wait in busy.pop(slot, []):
                     wait()
                 end = min(begin + step, stop)
-                waiting.append((lane.reader.submit(self._read, inputs, begin, end, slot), slot))
+                waiting.append((lane.reader.submit(self._read, inputs, begin, end, slot, whole), slot))
                 slot = (slot + 1) % (lane.ahead + 1)
                 if len(waiting) > lane.ahead:
                     yield self._served(*waiting.popleft(), busy)
@@ -215,15 +239,36 @@ class JobInputs:
                 for wait in waits:
                     wait()
 
-    def _read(self, inputs: tuple[Input, ...], begin: int, end: int, slot: int) -> _Part:
+    def _read(self, inputs: tuple[Input, ...], begin: int, end: int, slot: int, whole: bool) -> _Part:
+        """Elements [begin, end) of the inputs. whole: in a pass over everything, so that the next one may find them in memory."""
+        known = self._kept.get((begin, end)) if self._lane.keeper is self else None
+        if known is not None:
+            rest = -len(inputs)  # all, or the base, which is the last
+            start = sum(map(len, known.places[:rest]))
+            return _Part(begin, end, known.block[start:], known.places[rest:], known.raw[rest:], [])
         sizes = [-(-(end - begin) * self._itemsize(source) // BYTES) * BYTES for source in inputs]
-        block = self._lane.buffer(("read", self._key, slot), sum(sizes))
+        kept = self._keep(sum(sizes)) if whole and self._keeps else None
+        block = self._lane.buffer(("read", self._key, slot), sum(sizes)) if kept is None else kept
         places = list(torch.split(block, sizes))
         raw = [
             self._checkpoints[source.model].read(source.tensor, begin, end, place)
             for source, place in zip(inputs, places)
         ]
-        return _Part(begin, end, block, places, raw, [])
+        part = _Part(begin, end, block, places, raw, [])
+        if kept is not None and all(raw_T.data_ptr() == place.data_ptr() for raw_T, place in zip(raw, places)):
+            self._kept[begin, end] = part
+        return part
+
+    def _keep(self, nbytes: int) -> Tensor | None:
+        """Memory for what is to be there in the next pass, None where there is no more."""
+        lane = self._lane
+        if lane.keeper is not self:
+            self._kept.clear()
+            self._room, lane.keeper = self._keeps, self
+        if nbytes > self._room:
+            return None
+        self._room -= nbytes
+        return lane.buffer("kept", lane.keeps)[self._room : self._room + nbytes]
 
     def _served(self, future: Future[_Part], slot: int, busy: dict[int, list[Wait]]) -> _Part:
         if self._lane.stop.is_set():
@@ -251,10 +296,12 @@ class _Part:
 
 def tile_step(job: Job | Companion, checkpoints: Sequence[Checkpoint], tile_elements: int) -> int:
     """Elements of a tile: `tile_elements`, or whole rows where an input is computed row by row (LoRA, scales)."""
-    granule = ALIGN
-    if len(job.shape) > 1 and any(checkpoints[i.model].extent(i.tensor) is None for i in job.inputs):
-        granule = math.lcm(job.shape[-1], 4)
+    granule = math.lcm(job.shape[-1], 4) if _by_rows(job, checkpoints) else ALIGN
     return max(1, tile_elements // granule) * granule
+
+
+def _by_rows(job: Job | Companion, checkpoints: Sequence[Checkpoint]) -> bool:
+    return len(job.shape) > 1 and any(checkpoints[i.model].extent(i.tensor) is None for i in job.inputs)
 
 
 def tile_bytes(job: Job, checkpoints: Sequence[Checkpoint], tile_elements: int) -> int:
@@ -267,6 +314,16 @@ def tile_bytes(job: Job, checkpoints: Sequence[Checkpoint], tile_elements: int) 
         stored = sum(checkpoints[i.model].tensors[i.tensor].storage.itemsize for i in part.inputs)
         total += step * ((AHEAD + 1) * stored + work * (len(part.inputs) + 4) + 3 * DTYPES[job.dtype].itemsize)
     return total
+
+
+def kept_bytes(job: Job, checkpoints: Sequence[Checkpoint], tile_elements: int) -> int:
+    """Bytes that a lane keeps for the next pass over the job's inputs; 0 where one pass does, or they are more than `KEPT`."""
+    if job.method == "copy" or method_named(job.method).elementwise or len(job.inputs) < 2:
+        return 0
+    stored = sum(checkpoints[i.model].tensors[i.tensor].storage.itemsize for i in job.inputs)
+    parts = job.numel // max(1, tile_elements) + 1
+    nbytes = -(-job.numel * stored // BYTES) * BYTES + parts * BYTES * len(job.inputs)
+    return nbytes if nbytes <= KEPT else 0
 
 
 def device_bytes(job: Job, checkpoints: Sequence[Checkpoint], tile_elements: int) -> int:

@@ -16,7 +16,6 @@ from yeam.methods.mixing import merge_deltas
 from yeam.methods.random_bits import thresholds
 from yeam.methods.registry import PerSource, Share, Whole, merge_method
 from yeam.methods.row_ranks import RowRanks
-from yeam.methods.statistics import whole_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +109,7 @@ def _della(
         inputs,
         choices.begin,
         rescale=rescale,
-        tiles=lambda: whole_rows(inputs.tiles(), columns),
+        unit=columns,
         **mixing,
     )
 

@@ -34,7 +34,7 @@ class _Wrapped:
         self.companions = inputs.companions
         self._inputs = inputs
 
-    def stored_tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> None:
+    def stored_tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1) -> None:
         return None
 
     def hold(self, *shape: int) -> Tensor:
@@ -56,11 +56,13 @@ class Derived(_Wrapped):
         self.dtype = dtype or inputs.dtype
         self._value = value
 
-    def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
+    def tiles(
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1
+    ) -> Iterator[Tile]:
         import torch
 
         zero_1 = torch.zeros(1, dtype=self.dtype, device=self.device)
-        for tile in self._inputs.tiles(start, stop):
+        for tile in self._inputs.tiles(start, stop, unit=unit):
             yield Tile(tile.start, tile.stop, self._value(tile)[None], zero_1)
 
 
@@ -75,7 +77,9 @@ def joined(inputs: Inputs) -> Inputs:
 
 
 class _Joined(_Wrapped):
-    def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
+    def tiles(
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1
+    ) -> Iterator[Tile]:
         import torch
 
         parts, bases = [], []

@@ -61,14 +61,17 @@ class Inputs(Protocol):
     def companions(self) -> Mapping[str, Inputs]:
         """The job's further tensors."""
 
-    def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
+    def tiles(
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1
+    ) -> Iterator[Tile]:
         """The tiles of elements [start, stop) in order; may be called again for another pass.
 
-        With `base_only` the sources are not read, and sources_KT has no rows.
+        With `base_only` the sources are not read, and sources_KT has no rows. unit: every tile but the last is a multiple of as many
+        elements long (whole rows).
         """
 
     def stored_tiles(
-        self, start: int = 0, stop: int | None = None, *, base_only: bool = False
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1
     ) -> Iterator[StoredTile] | None:
         """As `tiles`, not converted. None where the compiled loops do not reach: off the CPU, where operations are to round in another
         dtype than float32 or in mergekit's order, and where the inputs are not all of one storage type that the loops know."""

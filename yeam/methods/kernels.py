@@ -21,72 +21,98 @@ _summing = loops(free=frozenset({"reassoc", "nsz"}))
 
 
 @_compiled
-def _add(x_T, weight, total_T):  # type: ignore[no-untyped-def]
-    """x · weight in place, added to the total."""
+def _add(x_T, factor, weight, total_T):  # type: ignore[no-untyped-def]
     for i in range(len(x_T)):
-        x_T[i] *= weight
-        total_T[i] += x_T[i]
+        total_T[i] += (x_T[i] * factor) * weight
 
 
 @_compiled
-def _take(x_T, weight, total_T):  # type: ignore[no-untyped-def]
+def _take(x_T, factor, weight, total_T):  # type: ignore[no-untyped-def]
     """As `_add`, the first of them."""
     for i in range(len(x_T)):
-        x_T[i] *= weight
-        total_T[i] = x_T[i]
+        total_T[i] = (x_T[i] * factor) * weight
 
 
 @_compiled
-def _add_agreeing(x_T, weight, total_T, mixed_T, counted_T):  # type: ignore[no-untyped-def]
-    """Entries with the total's sign, made positive, added to `mixed`, and their weights to `counted`; NaN stays."""
+def _add_agreeing(x_T, factor, weight, total_T, mixed_T, counted_T):  # type: ignore[no-untyped-def]
+    """Weighted entries with the total's sign, made positive, added to `mixed`, and their weights to `counted`; NaN stays."""
     for i in range(len(x_T)):
-        value = x_T[i] if total_T[i] >= _ZERO else -x_T[i]
+        value = (x_T[i] * factor) * weight
+        value = value if total_T[i] >= _ZERO else -value
         mixed_T[i] += _ZERO if value <= _ZERO else value
         counted_T[i] += weight if value > _ZERO else _ZERO
 
 
 @_compiled
-def _finish(mixed_T, divisor_T, normalize, lambda_, total_T, base_T):  # type: ignore[no-untyped-def]
+def _positive(x_T, out_T):  # type: ignore[no-untyped-def]
+    """0 for -0, the rest as it is."""
+    for i in range(len(x_T)):
+        out_T[i] = x_T[i] + _ZERO
+
+
+@_compiled
+def _raise_to(x_T, least):  # type: ignore[no-untyped-def]
+    for i in range(len(x_T)):
+        x_T[i] = least if x_T[i] < least else x_T[i]
+
+
+@_compiled
+def _one_for_zero(x_T):  # type: ignore[no-untyped-def]
+    for i in range(len(x_T)):
+        x_T[i] = _ONE if x_T[i] == _ZERO else x_T[i]
+
+
+@_compiled
+def _divide(x_T, divisor_T):  # type: ignore[no-untyped-def]
+    for i in range(len(x_T)):
+        x_T[i] /= divisor_T[i]
+
+
+@_compiled
+def _divide_by(x_T, divisor):  # type: ignore[no-untyped-def]
+    for i in range(len(x_T)):
+        x_T[i] /= divisor
+
+
+@_compiled
+def _move(mixed_T, lambda_, total_T, base_T):  # type: ignore[no-untyped-def]
     for i in range(len(base_T)):
-        value = mixed_T[i]
-        if normalize:
-            value /= divisor_T[i]
-        value *= lambda_
+        value = mixed_T[i] * lambda_
         base_T[i] += value if total_T[i] >= _ZERO else -value
 
 
 @_compiled
-def mix(base_T, delta_KT, weight_K, divisor, least, lambda_, consensus, normalize):  # type: ignore[no-untyped-def]
-    """`Mix.onto`: base + λ · Σ_k w_k δ_k / divisor, in place of base_T [T]; delta_KT [K, T] is overwritten.
+def mix(base_T, delta_KT, factor_K, weight_K, divisor, least, lambda_, consensus, normalize):  # type: ignore[no-untyped-def]
+    """`Mix.onto`: base + λ · Σ_k w_k (f_k δ_k) / divisor, in place of base_T [T].
 
     divisor: of every element without consensus. least: with consensus, the smallest divisor where no weight is negative (one that is
     less counts nothing); 0 where one is negative, and a divisor of 0 is then 1. All numbers float32.
     """
     K, T = delta_KT.shape
-    total_T, mixed_T, counted_T = np.empty(STEP, np.float32), np.empty(STEP, np.float32), np.empty(STEP, np.float32)
+    memory = np.empty((3, STEP), np.float32)
     for start in range(0, T, STEP):
         size = min(STEP, T - start)
-        _take(delta_KT[0, start : start + size], weight_K[0], total_T[:size])
+        base, total, mixed, counted = base_T[start : start + size], memory[0, :size], memory[1, :size], memory[2, :size]
+        _take(delta_KT[0, start : start + size], factor_K[0], weight_K[0], total)
         for k in range(1, K):
-            _add(delta_KT[k, start : start + size], weight_K[k], total_T[:size])
+            _add(delta_KT[k, start : start + size], factor_K[k], weight_K[k], total)
         if consensus:
-            mixed_T[:] = _ZERO
-            counted_T[:] = _ZERO
+            mixed[:] = _ZERO
+            counted[:] = _ZERO
             for k in range(K):
-                part_T = delta_KT[k, start : start + size]
-                _add_agreeing(part_T, weight_K[k], total_T[:size], mixed_T[:size], counted_T[:size])
-            for i in range(size):
-                known = counted_T[i]
+                _add_agreeing(delta_KT[k, start : start + size], factor_K[k], weight_K[k], total, mixed, counted)
+            if normalize:
                 if least > _ZERO:
-                    counted_T[i] = least if known < least else known
+                    _raise_to(counted, least)
                 else:
-                    counted_T[i] = _ONE if known == _ZERO else known
+                    _one_for_zero(counted)
+                _divide(mixed, counted)
         else:
-            for i in range(size):
-                mixed_T[i] = total_T[i] + _ZERO
-            total_T[:] = _ONE
-            counted_T[:] = divisor
-        _finish(mixed_T[:size], counted_T[:size], normalize, lambda_, total_T[:size], base_T[start : start + size])
+            _positive(total, mixed)
+            total[:] = _ONE
+            if normalize:
+                _divide_by(mixed, divisor)
+        _move(mixed, lambda_, total, base)
 
 
 @_summing
@@ -99,24 +125,40 @@ def absolute_sum(x_T):  # type: ignore[no-untyped-def]
 
 
 @_compiled
+def _count_from(key_T, high):  # type: ignore[no-untyped-def]
+    """How many keys are at least `high`."""
+    count = np.uint32(0)
+    for i in range(len(key_T)):
+        count = np.uint32(count + np.uint32((key_T[i] & _WORD) >= high))  # numba would make a sum 64 bits wide
+    return np.int64(count)
+
+
+@_compiled
 def count_keys(key_T, low, span, shift, counts):  # type: ignore[no-untyped-def]
-    """Count keys (uint32) in [low, low + span) into counts[(key − low) >> shift]; returns how many lie above."""
+    """Count the magnitudes' bits (of uint32, without the sign) in [low, low + span) into counts[(key − low) >> shift]; returns how
+    many lie above."""
     above, high = 0, np.uint32(low + span)
     low, span = np.uint32(low), np.uint32(span)
-    for i in range(len(key_T)):
-        above += key_T[i] >= high
-        offset = np.uint32(key_T[i] - low)
-        if offset < span:
-            counts[offset >> shift] += 1
+    inside_T = np.empty(STEP, np.uint32)
+    for start in range(0, len(key_T), STEP):
+        part_T = key_T[start : start + STEP]
+        above += _count_from(part_T, high)
+        count = 0  # gathered without a branch, which coarse updates would make a coin toss
+        for i in range(len(part_T)):
+            offset = np.uint32((part_T[i] & _WORD) - low)
+            inside_T[count] = offset
+            count += np.int64(offset < span)
+        for i in range(count):
+            counts[inside_T[i] >> shift] += 1
     return above
 
 
 @_compiled
 def _equals(x_T, value):  # type: ignore[no-untyped-def]
-    count = 0
+    count = np.uint32(0)
     for i in range(len(x_T)):
-        count += abs(x_T[i]) == value
-    return count
+        count = np.uint32(count + np.uint32(abs(x_T[i]) == value))
+    return np.int64(count)
 
 
 @_compiled
@@ -126,10 +168,19 @@ def _zero_below(x_T, value):  # type: ignore[no-untyped-def]
 
 
 @_compiled
+def _zero_up_to(x_T, value):  # type: ignore[no-untyped-def]
+    for i in range(len(x_T)):
+        x_T[i] = _ZERO if abs(x_T[i]) <= value else x_T[i]
+
+
+@_compiled
 def cut(x_T, value, left):  # type: ignore[no-untyped-def]
     """Zero where |x| < value, and where it equals value beyond the first `left` of these; returns how many of them may still be kept."""
     for start in range(0, len(x_T), STEP):
         part_T = x_T[start : start + STEP]
+        if left == 0:
+            _zero_up_to(part_T, value)
+            continue
         _zero_below(part_T, value)
         equal = _equals(part_T, value)
         if equal > left:

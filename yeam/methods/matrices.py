@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from yeam.methods.inputs import Inputs, Tile
-from yeam.methods.statistics import delta_, whole_rows
+from yeam.methods.updates import delta_
 from yeam.methods.yeam import panels
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Matrix:
         for first in range(0, self.rows, step):
             begin, end = (self.start + min(row, self.rows) * self.columns for row in (first, first + step))
             at = first
-            for tile in whole_rows(self.inputs.tiles(begin, end), self.columns):
+            for tile in self.inputs.tiles(begin, end, unit=self.columns):
                 yield at, tile
                 at += (tile.stop - tile.start) // self.columns
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from yeam.methods.gram import deltas
 from yeam.methods.inputs import Inputs
 from yeam.methods.registry import PerSource, Whole, merge_method
-from yeam.methods.statistics import delta_
+from yeam.methods.updates import delta_
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,12 +7,13 @@ Legend: K sources, T elements of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from yeam.compiled import is_compiled
-from yeam.methods.inputs import Inputs, Tile
-from yeam.methods.statistics import Sparsifier, delta_, rescale_factors
+from yeam.methods.inputs import Inputs
+from yeam.methods.statistics import Sparsifier, rescale_factors
+from yeam.methods.updates import updates
 
 if TYPE_CHECKING:
     import torch
@@ -51,12 +52,14 @@ class Mix:
         self._lambda = lambda_
         self._consensus = consensus
 
-    def onto(self, base_T: Tensor, delta_KT: Tensor) -> None:
-        """Move base_T, in place; delta_KT is overwritten."""
+    def onto(self, base_T: Tensor, delta_KT: Tensor, factors: Sequence[float]) -> None:
+        """Move base_T, in place, by the updates times their factors; delta_KT is overwritten."""
         if is_compiled(base_T):
-            self._compiled_onto(base_T, delta_KT)
+            self._compiled_onto(base_T, delta_KT, factors)
             return
-        for k, weight in enumerate(self._weights):
+        for k, (factor, weight) in enumerate(zip(factors, self._weights)):
+            if factor != 1.0:
+                delta_KT[k].mul_(factor)
             if weight != 1.0:
                 delta_KT[k].mul_(weight)
         if self._consensus:
@@ -69,7 +72,7 @@ class Mix:
             mixed_T.mul_(self._lambda)
         base_T.add_(mixed_T)
 
-    def _compiled_onto(self, base_T: Tensor, delta_KT: Tensor) -> None:
+    def _compiled_onto(self, base_T: Tensor, delta_KT: Tensor, factors: Sequence[float]) -> None:
         import numpy as np
 
         from yeam.methods import kernels
@@ -77,8 +80,9 @@ class Mix:
         kernels.mix(
             base_T.numpy(),
             delta_KT.contiguous().numpy(),
+            np.array(factors, np.float32),
             np.array(self._weights, np.float32),
-            np.float32(self._divisor),
+            np.float32(float(self._divisor)),
             np.float32(self._least),
             np.float32(self._lambda),
             self._consensus,
@@ -140,25 +144,21 @@ def merge_deltas(
     rescale: bool,
     lambda_: float,
     consensus: bool,
-    tiles: Callable[[], Iterable[Tile]] | None = None,
+    unit: int = 1,
 ) -> Iterator[Tensor]:
     """Updates from the base, made sparse, rescaled to the L1 norm that they had (`rescale`, in a pass of its own), and mixed.
 
-    tiles: begins a pass where `inputs.tiles` will not do.
+    unit: the sparsifier is to be given multiples of as many elements.
     """
-    tiles = tiles or inputs.tiles
     mix = Mix(inputs.dtype, inputs.device, weight=weight, normalize=normalize, lambda_=lambda_, consensus=consensus)
     factors = [1.0] * inputs.K
     if rescale:
-        factors = rescale_factors(inputs, tiles(), sparsifier)
+        factors = rescale_factors(inputs, sparsifier, unit=unit)
         inputs.record(rescale=factors)
     erase = sparsifier()
-    for tile in tiles():
-        for k, factor in enumerate(factors):
-            delta_T = delta_(tile, k)
-            erase(delta_T, k, tile.start)
-            if factor != 1.0:
-                delta_T.mul_(factor)
-        assert tile.base_T is not None
-        mix.onto(tile.base_T, tile.sources_KT)
-        yield tile.base_T
+    for run in updates(inputs, unit=unit):
+        for k in range(inputs.K):
+            erase(run.delta_KT[k], k, run.start)
+        mix.onto(run.base_T, run.delta_KT, factors)
+        if run.tile_T is not None:
+            yield run.tile_T

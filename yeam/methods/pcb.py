@@ -134,8 +134,10 @@ class _Scores(Derived):
         score_KT = self.of(_weighted(tile, self._weight))
         return score_KT if self._part is None else self._part(score_KT)
 
-    def tiles(self, start: int = 0, stop: int | None = None, *, base_only: bool = False) -> Iterator[Tile]:
-        for tile in super().tiles(start, stop, base_only=base_only):
+    def tiles(
+        self, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1
+    ) -> Iterator[Tile]:
+        for tile in super().tiles(start, stop, base_only=base_only, unit=unit):
             yield Tile(tile.start, tile.stop, tile.sources_KT[0], tile.base_T)
 
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from yeam.compiled import is_compiled
 from yeam.methods.inputs import Inputs
-from yeam.methods.statistics import delta_, integers, on_cpu
+from yeam.methods.statistics import integers
+from yeam.methods.updates import updates
 
 if TYPE_CHECKING:
     import torch
@@ -163,10 +164,12 @@ class _Range:
         self._above = 0
         self._pending: list[Tensor] = []
 
-    def add(self, key_T: Tensor) -> None:
-        if key_T.dtype.itemsize == 4 and on_cpu(key_T.device):
-            self._above += self._compiled_count(key_T)
-        elif self._all:
+    def add(self, delta_T: Tensor) -> None:
+        if is_compiled(delta_T):
+            self._above += self._compiled_count(delta_T)
+            return
+        key_T = integers(delta_T.abs())
+        if self._all:
             self._count(key_T >> self._shift if self._shift else key_T)
         else:
             self._pending.append(self._inside(key_T))
@@ -196,23 +199,22 @@ class _Range:
         self._above += int((offset_T >= self._span).sum())
         return offset_T[(offset_T >= 0) & (offset_T < self._span)] >> self._shift
 
-    def _compiled_count(self, key_T: Tensor) -> int:
+    def _compiled_count(self, delta_T: Tensor) -> int:
         """The same, counted at once; returns how many lie above."""
         import numpy as np
 
         from yeam.methods import kernels
 
-        keys = key_T.numpy().view(np.uint32)
+        keys = delta_T.numpy().view(np.uint32)
         return int(kernels.count_keys(keys, self._low, self._span, self._shift, self._counts.numpy()))
 
 
 def _pass(inputs: Inputs, searches: Sequence[Sequence[_Search]]) -> None:
     """Count in the ranges of all searches, and narrow them."""
     ranges = {(k, s.low, s.span): _Range(s, inputs.device) for k, row in enumerate(searches) for s in row}
-    for tile in inputs.tiles():
-        keys = {k: integers(delta_(tile, k).abs_()) for k, row in enumerate(searches) if row}
+    for run in updates(inputs):
         for (k, _, _), range_ in ranges.items():
-            range_.add(keys[k])
+            range_.add(run.delta_KT[k])
     for k, row in enumerate(searches):
         for search in row:
             search.narrow(ranges[k, search.low, search.span])
@@ -228,10 +230,10 @@ def _sample(inputs: Inputs, searches: Sequence[Sequence[_Search]]) -> None:
     size = math.prod(inputs.shape)
     windows: list[list[Tensor]] = [[] for _ in searches]
     for start, stop in _windows(inputs.shape):
-        for tile in inputs.tiles(start, stop):
+        for run in updates(inputs, start, stop):
             for k, row in enumerate(searches):
                 if row:
-                    windows[k].append(integers(delta_(tile, k).abs_()).cpu())
+                    windows[k].append(integers(run.delta_KT[k].abs()).cpu())
     for parts, row in zip(windows, searches):
         if not row:
             continue

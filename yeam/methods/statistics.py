@@ -1,4 +1,4 @@
-"""What the methods on task vectors share: updates, bits, whole rows, L1 norms and the factor that restores them.
+"""What the methods on task vectors share: bits, L1 norms and the factor that restores them.
 
 Legend: K sources, T elements of a tile.
 """
@@ -6,11 +6,12 @@ Legend: K sources, T elements of a tile.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from yeam.compiled import is_compiled
-from yeam.methods.inputs import Inputs, Tile
+from yeam.methods.inputs import Inputs
+from yeam.methods.updates import updates
 
 if TYPE_CHECKING:
     import torch
@@ -41,12 +42,6 @@ def absolute_sum(x_T: Tensor) -> float | Tensor:
     return float(kernels.absolute_sum(x_T.numpy()))
 
 
-def delta_(tile: Tile, k: int) -> Tensor:
-    """source_k − base, [T] in place of the source, rounded to the tile's dtype."""
-    assert tile.base_T is not None
-    return tile.sources_KT[k].sub_(tile.base_T)
-
-
 def integers(x_T: Tensor) -> Tensor:
     """The bits of floats as integers of the same width, sharing their memory. Those of numbers ≥ 0 sort as the numbers do."""
     import torch
@@ -54,22 +49,22 @@ def integers(x_T: Tensor) -> Tensor:
     return x_T.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x_T.dtype.itemsize])
 
 
-def rescale_factors(inputs: Inputs, tiles: Iterable[Tile], sparsifier: Sparsifier) -> list[float]:
-    """Σ|delta_k| / Σ|what is kept of delta_k| of each source: what makes up for the dropped elements. One pass over `tiles`.
+def rescale_factors(inputs: Inputs, sparsifier: Sparsifier, *, unit: int = 1) -> list[float]:
+    """Σ|delta_k| / Σ|what is kept of delta_k| of each source: what makes up for the dropped elements. One pass.
 
     The sums are float64. They and the ratio are rounded to the tiles' dtype, at most float32, so that the order of the tiles
     does not show; but not to float16 where a sum does not fit into it. 1 where a sum is below 1e-7, and where NaN or Inf make
-    it meaningless, so that these stay where they are.
+    it meaningless, so that these stay where they are. unit: as of `updates`.
     """
     import torch
 
     erase = sparsifier()
     sums_2K = torch.zeros(2, inputs.K, dtype=torch.float64, device=inputs.device)
-    for tile in tiles:
+    for run in updates(inputs, unit=unit):
         for k in range(inputs.K):
-            delta_T = delta_(tile, k)
+            delta_T = run.delta_KT[k]
             sums_2K[0, k] += absolute_sum(delta_T)
-            erase(delta_T, k, tile.start)
+            erase(delta_T, k, run.start)
             sums_2K[1, k] += absolute_sum(delta_T)
     return [_ratio(before, after, inputs.dtype) for before, after in sums_2K.T.tolist()]
 
@@ -91,27 +86,3 @@ def rounded(value: float, dtype: torch.dtype) -> float:
     import torch
 
     return float(torch.tensor(value, dtype=torch.float64).to(dtype))
-
-
-def whole_rows(tiles: Iterable[Tile], columns: int) -> Iterator[Tile]:
-    """The same elements in tiles that cut no row of `columns` elements; at most a row is kept beside the tile."""
-    import torch
-
-    parts: list[tuple[Tensor, Tensor]] = []
-    start = kept = 0
-    for tile in tiles:
-        assert tile.base_T is not None
-        size = tile.stop - tile.start
-        if not kept and size % columns == 0:
-            yield tile
-            start = tile.stop
-            continue
-        parts.append((tile.sources_KT.clone(), tile.base_T.clone()))  # the tile's memory is used again
-        kept += size
-        if kept < columns:
-            continue
-        sources_KT, base_T = torch.cat([x for x, _ in parts], dim=1), torch.cat([b for _, b in parts])
-        ready = kept // columns * columns
-        yield Tile(start, start + ready, sources_KT[:, :ready], base_T[:ready])
-        start, kept = start + ready, kept - ready
-        parts = [(sources_KT[:, ready:].clone(), base_T[ready:].clone())] if kept else []

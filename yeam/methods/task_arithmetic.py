@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from yeam.methods.gram import deltas, moved
+from yeam.methods.gram import moved
 from yeam.methods.inputs import Inputs
 from yeam.methods.mixing import LEAST_DIVISOR, Mix
 from yeam.methods.registry import PerSource, Whole, merge_method
+from yeam.methods.updates import updates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ def task_arithmetic(
         yield from moved(inputs, [scale * w for w in weight])
         return
     mix = Mix(inputs.dtype, inputs.device, weight=weight, normalize=normalize, lambda_=lambda_, consensus=False)
-    for tile in inputs.tiles():
-        assert tile.base_T is not None
-        mix.onto(tile.base_T, deltas(tile))
-        yield tile.base_T
+    for run in updates(inputs):
+        mix.onto(run.base_T, run.delta_KT, [1.0] * inputs.K)
+        if run.tile_T is not None:
+            yield run.tile_T

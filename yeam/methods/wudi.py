@@ -14,7 +14,7 @@ from annotated_types import Gt, Le
 from yeam.methods.inputs import Inputs, Tile
 from yeam.methods.matrices import Embeddings, Matrix, largest_matrix, merge_matrices
 from yeam.methods.registry import PerSource, Whole, merge_method
-from yeam.methods.statistics import delta_
+from yeam.methods.updates import delta_
 
 if TYPE_CHECKING:
     from torch import Tensor
