@@ -15,13 +15,13 @@ import torch
 import transformers as tf
 from hub_server import HubServer, Repository
 from huggingface_hub import constants
+from plans import refuses
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from typer.testing import CliRunner
 
 import yeam
 from yeam.checkpoint.safetensors import SafetensorsCheckpoint
-from yeam.errors import ConfigError, YeamError
 from yeam.families import describe
 from yeam.families.configs import dims
 
@@ -416,13 +416,6 @@ def test_command_line(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path, llama: Callable[..., Path]) -> None:
     base, a = llama("base"), llama("a")
-
-    def refuses(config: dict[str, Any], *words: str) -> None:
-        with pytest.raises(YeamError) as caught:
-            yeam.plan(config)
-        assert type(caught.value) is ConfigError and (caught.value.remedy or "is not usable: " in str(caught.value))
-        assert all(word in str(caught.value) for word in words), str(caught.value)
-
     refuses(recipe(base, a, base, hedas="best"), "'attention'", "hedas", "heads")
     refuses(recipe(base, a, llama("b"), heads="worst"), "heads", "'worst'")
     refuses(recipe(base, a, only="yes"), "only = 'yes'")

@@ -19,7 +19,7 @@ import yeam
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
-from quality import rows, stress, subsets, tasks
+from quality import rows, sampling, stress, subsets, tasks
 from quality.cache import Cache
 from quality.cells import Bench, Cell, measure
 from quality.family import Spec
@@ -27,7 +27,7 @@ from quality.report import over_seeds, standing
 from quality.rivals import named
 from quality.rows import EXPERTS, Rows
 from quality.scoring import Reader
-from quality.strength import STEPS_PER_DOUBLING, best_of, climb, grid
+from quality.strength import COARSE, STEPS_PER_DOUBLING, best_of, climb, grid
 from quality.table import table
 from quality.texts import Item
 from quality.tuning import Regime, fine_tune, fit
@@ -43,6 +43,28 @@ def test_the_climb_finds_the_best_point_of_the_whole_grid(top: int, left: float,
     assert {top - 1, top + 1} <= tried.keys()  # the optimum is inside
     assert len(tried) < 30
     assert grid(0.4, STEPS_PER_DOUBLING) == 0.8
+
+
+@given(st.floats(-30, 30), st.floats(0.01, 3), st.integers(-20, 20))
+def test_the_coarse_climb_finds_the_top_of_a_parabola(top: float, bend: float, start: int) -> None:
+    tried = climb(lambda i: -bend * (i - top) ** 2, start, COARSE)
+    best = best_of(tried)
+    assert abs(best - top) <= 0.5 + 1e-6
+    assert min(tried) < best < max(tried)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    losses = torch.randn(8, generator=torch.Generator().manual_seed(0)).tolist()
+    base: sampling.Scores = [(0.0, 5)] * 8
+    own: sampling.Scores = [(1.0, 5)] * 8
+    found: sampling.Scores = [(loss, 5) for loss in losses]
+    without = {"code": [sampling.recovery(found, base, own, j) for j in range(8)]}
+    expected = float(torch.tensor(losses).std()) / math.sqrt(8)
+    assert sampling.error([(1.0, "toy", without)]) == pytest.approx(expected)
+    assert sampling.error([(1.0, "toy", without), (-1.0, "toy", without)]) == pytest.approx(0)  # read on the same text
+    assert sampling.error([(1.0, "toy", without), (1.0, "toy", {"names": without["code"]})]) == pytest.approx(
+        expected * math.sqrt(2)
+    )
 
 
 class Letters:
@@ -176,7 +198,7 @@ def test_a_cell_from_training_to_table(tmp_path: Path, monkeypatch: pytest.Monke
     expert = {"family": "toy", "regime": "short", "displacement": 0.1, "loss": [2.0, 1.0], "exact": None}
     monkeypatch.setattr(sys, "argv", ["quality"])
     text = table([found, {**found, "kind": "eight"}], [expert])
-    assert f"**{found['methods']['yeam']['default']['mean']:.3f}**" in text and "eight: code russian" in text
+    assert f"**{found['methods']['yeam']['default']['mean']:.3f} ± " in text and "eight: code russian" in text
 
     half = stress.scaled(family, family.own["code"], "half", 0.5)
     ratio = stress.displacement(family.base, half) / stress.displacement(family.base, family.own["code"])

@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import yeam
+from quality import sampling
 from quality.cache import Cache, code_digest
 from quality.family import Family, file_digest
 from quality.merging import merged, recipe
 from quality.rivals import YEAM, Rival
 from quality.rows import EXACT
 from quality.scoring import Reader, Score
-from quality.strength import STEPS_PER_DOUBLING, best_of, climb, grid
+from quality.strength import FINE, STEPS_PER_DOUBLING, best_of, climb, grid
 from quality.texts import NEUTRAL
 
 PACKAGE = Path(yeam.__file__).parent
@@ -118,6 +119,23 @@ class Bench:
         self._read = None
         self.reader.take(_Line(self.base, update, strength))
 
+    def by_group(self, domain: str) -> sampling.Scores:
+        """The present weights' score on each group of a domain's test sequences."""
+        parts = sampling.groups(self.family.held_out(domain, "test"))
+        return [(self.reader.score(part).of(domain), sampling.size(part, domain)) for part in parts]
+
+    def by_group_of(self, folder: Path, domain: str) -> sampling.Scores:
+        """The same of a model on disk, kept."""
+        key = {"step": "groups", "model": self.digest(folder), "domain": domain, "text": self.text()}
+
+        def read() -> sampling.Scores:
+            if self._read != folder:
+                self.reader.take(dict(self.family.load(folder).named_parameters()))
+                self._read = folder
+            return self.by_group(domain)
+
+        return self.cache.step(key, read)  # type: ignore[no-any-return]
+
     def recovery(self, gains: dict[str, tuple[float, float]], split: str) -> dict[str, float]:
         """Of the present weights, by domain."""
         scores = {d: self.reader.score(self.family.held_out(d, split)).of(d) for d in gains}
@@ -160,6 +178,7 @@ def measure(bench: Bench, cell: Cell, rivals: list[Rival], *, only_known: bool =
 
 
 def _key(bench: Bench, cell: Cell, rival: Rival) -> dict[str, Any]:
+    strides = bench.family.spec.strides
     return {
         "step": "cell",
         "version": VERSION,
@@ -170,7 +189,7 @@ def _key(bench: Bench, cell: Cell, rival: Rival) -> dict[str, Any]:
         "text": bench.text(),
         "rival": [rival.method, rival.strength, rival.settings, rival.weights, STEPS_PER_DOUBLING],
         "code": _code_of(rival.method),
-    }
+    } | ({} if strides == FINE else {"strides": list(strides)})
 
 
 @cache
@@ -211,7 +230,7 @@ def _measured(bench: Bench, cell: Cell, rival: Rival) -> dict[str, Any]:
             bench.follow(update, grid(rival.strength, i))
             return _mean(bench.recovery(gains, "tuning"))
 
-        tried = climb(value, start=_start(bench, cell, update, rival.strength))
+        tried = climb(value, _start(bench, cell, update, rival.strength), bench.family.spec.strides)
         top = best_of(tried)
         lines.append(
             {"parameters": parameters, "tried": {f"{grid(rival.strength, i):.4g}": v for i, v in sorted(tried.items())}}
@@ -243,17 +262,25 @@ def _square(tensors: Iterable[Tensor]) -> float:
 
 
 def _tested(bench: Bench, cell: Cell, update: dict[str, Tensor], strength: float) -> dict[str, Any]:
-    """On the test split: recovery by domain, mean and worst, and what is lost on the neutral text, in nats."""
+    """On the test split: recovery by domain, mean and worst, and what is lost on the neutral text, in nats.
+
+    `without`: the recoveries without a group of sequences each, for the error that `sampling` tells.
+    """
+    known = {
+        d: (bench.by_group_of(bench.family.base, d), bench.by_group_of(cell.own[d], d))
+        for d in bench.gains(cell, "test")
+    }
+    before = bench.score_of(bench.family.base, NEUTRAL, "test").loss
     bench.follow(update, strength)
-    recovery = bench.recovery(bench.gains(cell, "test"), "test")
-    bench.follow(update, strength)
-    neutral = bench.reader.score(bench.family.held_out(NEUTRAL, "test")).loss
+    found = {d: bench.by_group(d) for d in known}
+    recovery = {d: sampling.recovery(found[d], *known[d]) for d in known}
     return {
         "strength": strength,
         "recovery": recovery,
+        "without": {d: [sampling.recovery(found[d], *known[d], j) for j in range(len(found[d]))] for d in known},
         "mean": _mean(recovery),
         "worst": min(recovery.values()),
-        "forgetting": neutral - bench.score_of(bench.family.base, NEUTRAL, "test").loss,
+        "forgetting": bench.reader.score(bench.family.held_out(NEUTRAL, "test")).loss - before,
     }
 
 

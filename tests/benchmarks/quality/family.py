@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from quality import bases
 from quality.cache import digest
 from quality.rows import DOMAINS, EXACT, Rows, documents, held_out, part, stream
+from quality.strength import COARSE, FINE
 from quality.tuning import Regime, fine_tune
 
 FULL = (Regime("short", 100, 2e-4, 8), Regime("long", 400, 1e-3, 8), Regime("lora", 200, 2e-3, 8, lora=True))
@@ -29,7 +30,8 @@ PRETRAINED = (Regime("short", 40, 5e-5, 4), Regime("long", 200, 2e-4, 4), Regime
 
 @dataclass(frozen=True)
 class Spec:
-    """What a family is made of. length: tokens of a sequence; rows: held-out sequences a domain to tune on and to test on."""
+    """What a family is made of. length: tokens of a sequence; rows: held-out sequences a domain to tune on and to test on; strides: of
+    the search for the best strength."""
 
     name: str
     seeds: int
@@ -38,6 +40,7 @@ class Spec:
     length: int = 128
     tuning_rows: int = 16
     test_rows: int = 48
+    strides: tuple[int, ...] = FINE
 
     def with_steps(self, factor: float) -> Spec:
         """The same with shorter or longer trainings."""
@@ -50,8 +53,8 @@ class Spec:
 
 SPECS = {
     "tiny": Spec("tiny", 3, FULL, base_steps=2000),
-    "smollm2": Spec("smollm2", 2, PRETRAINED),
-    "gemma": Spec("gemma", 2, PRETRAINED),
+    "smollm2": Spec("smollm2", 2, PRETRAINED, strides=COARSE),
+    "gemma": Spec("gemma", 2, PRETRAINED, strides=COARSE),
 }
 
 

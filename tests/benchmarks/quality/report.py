@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from quality import sampling
 
 Result = dict[str, Any]
 """One cell as `cells.measure` gives it."""
@@ -16,7 +18,7 @@ BEHIND = 0.03
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and its standard error, NaN for a single seed. count: of cells."""
+    """A mean over seeds and its standard error; of a single seed that of `sampling`, or NaN. count: of cells."""
 
     value: float
     error: float
@@ -46,7 +48,21 @@ def value(cell: Result, method: str, setting: str, what: str) -> float:
 
 
 def mean_of(cells: list[Result], method: str, setting: str, what: str) -> Mean:
-    return over_seeds((cell["seed"], value(cell, method, setting, what)) for cell in cells)
+    found = over_seeds((cell["seed"], value(cell, method, setting, what)) for cell in cells)
+    if what == "mean" and len({cell["seed"] for cell in cells}) == 1:
+        return replace(found, error=sampled([(1 / len(cells), cell, method, setting) for cell in cells]))
+    return found
+
+
+def sampled(terms: list[tuple[float, Result, str, str]]) -> float:
+    """Standard error of a weighted sum of mean recoveries (weight, cell, method, setting); NaN where the parts of one are not known."""
+    found = [
+        (weight, cell["family"], cell["methods"][method][setting].get("without"))
+        for weight, cell, method, setting in terms
+    ]
+    if any(without is None for _, _, without in found):
+        return math.nan
+    return sampling.error(found)
 
 
 def rivals_of(cells: list[Result]) -> list[str]:

@@ -2,7 +2,8 @@
 
 The grid is the same for every rival: its default strength times 2^(i/4), all integers i. Recovery along a line from the base rises, then
 falls, so a climb from the default in steps of eight, four, two and one grid points finds the best point of the whole grid, and the
-optimum is inside by construction; where the curve has noise, a neighbour of it.
+optimum is inside by construction; where the curve has noise, a neighbour of it. Where reading is dear the steps end at two: the best
+point is inside then too, and the last one tried is where a parabola through it and its neighbours has its top.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 STEPS_PER_DOUBLING = 4
+FINE, COARSE = (8, 4, 2, 1), (4, 2)  # steps of the climb
 FURTHEST = 40  # grid points from the default: a factor of 1024
 
 
@@ -18,8 +20,8 @@ def grid(default: float, i: int) -> float:
     return float(default * 2.0 ** (i / STEPS_PER_DOUBLING))
 
 
-def climb(value: Callable[[int], float], start: int = 0, strides: tuple[int, ...] = (8, 4, 2, 1)) -> dict[int, float]:
-    """Grid points that were tried → their values; the best of them has worse ones on both sides of it, next to it."""
+def climb(value: Callable[[int], float], start: int = 0, strides: tuple[int, ...] = FINE) -> dict[int, float]:
+    """Grid points that were tried → their values; the best of them has worse ones on both sides of it, the last stride away at most."""
     tried: dict[int, float] = {}
 
     def at(i: int) -> float:
@@ -36,7 +38,16 @@ def climb(value: Callable[[int], float], start: int = 0, strides: tuple[int, ...
             if top == best:
                 break
             best = top
+    last = strides[-1]
+    if last > 1 and {best - last, best + last} <= tried.keys():
+        at(best + vertex(tried[best - last], tried[best], tried[best + last], last))
     return tried
+
+
+def vertex(left: float, middle: float, right: float, stride: int) -> int:
+    """Where the parabola through three values a stride apart has its top, from the middle one, which is the largest; a whole number."""
+    bend = 2 * middle - left - right
+    return round(stride * (right - left) / (2 * bend)) if bend > 0 else 0
 
 
 def best_of(tried: dict[int, float]) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import math
 import platform
 import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from quality.report import BEHIND, Result, ahead_of, grouped, mean_of, rivals_of, standing, value
+from quality.report import BEHIND, Result, ahead_of, grouped, mean_of, rivals_of, sampled, standing, value
 
 TINY_CASE = "tiny"
 """The stress case of updates scaled down: tuned, any rival scales them up again, and there is nothing to compare with."""
@@ -57,7 +58,8 @@ def _methods(cells: list[Result]) -> Iterator[str]:
     """One row a method: mean and worst recovery and forgetting, at the published default and tuned, over all cells."""
     groups = grouped(cells, lambda c: (c["family"], c["regime"]))
     names = [f"{family} {regime}" for family, regime in groups]
-    yield "Mean recovery ± standard error over seeds, published default → tuned; what YeAM would reach tuned is in brackets:"
+    over = "over seeds" if len({c["seed"] for c in cells}) > 1 else "over the test sequences"
+    yield f"Mean recovery ± standard error {over}, published default → tuned; what YeAM would reach tuned is in brackets:"
     yield ""
     yield "| method | " + " | ".join(names) + " | all | worst domain | forgetting (nats) | YeAM ahead |"
     yield "|---|" + "---|" * (len(names) + 4)
@@ -90,6 +92,15 @@ def _standing(cells: list[Result]) -> Iterator[str]:
     )
 
 
+def _margin_error(group: list[Result], rivals: list[str]) -> str:
+    """Over the test sequences, of the only cell of a group."""
+    if len(group) > 1:
+        return ""
+    best = max(rivals, key=lambda m: value(group[0], m, "tuned", "mean"))
+    error = sampled([(1.0, group[0], "yeam", "default"), (-1.0, group[0], best, "tuned")])
+    return "" if math.isnan(error) else f" ± {error:.3f}"
+
+
 def _cells(cells: list[Result]) -> Iterator[str]:
     yield "| family | regime | merged | seeds | YeAM | best rival at its default | best rival, tuned | margin |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -103,7 +114,7 @@ def _cells(cells: list[Result]) -> Iterator[str]:
             value(c, "yeam", "default", "mean") - max(value(c, m, "tuned", "mean") for m in rivals) for c in group
         ]
         label = merged if kind == "subset" else f"{kind}: {merged}"
-        margin = f"{sum(margins) / len(margins):+.3f}"
+        margin = f"{sum(margins) / len(margins):+.3f}{_margin_error(group, rivals)}"
         if kind == TINY_CASE:
             told[1] = margin = "–"
         yield f"| {family} | {regime} | {label} | {len(group)} | {ours} | {told[0]} | {told[1]} | {margin} |"
