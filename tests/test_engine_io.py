@@ -219,6 +219,27 @@ def test_passes_after_the_first_find_what_was_read(
     same_output(tmp_path / "once" / "out", tmp_path / "again" / "out")
 
 
+def test_many_small_tensors_take_one_lane(
+    tmp_path: Path, llama: Llama, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two would wait for the interpreter, and for each other; the bytes are the same."""
+    config = recipe(llama("a"), llama("b"), merge_method="yeam", base_model=llama("base"))
+    monkeypatch.setattr(engine, "cores", lambda: 3)
+    made: list[bool] = []
+
+    class Noted(tiles.Lane):
+        def __init__(self, *arguments: Any, threads: bool, **options: Any) -> None:
+            made.append(threads)
+            super().__init__(*arguments, threads=threads, **options)
+
+    monkeypatch.setattr(engine, "Lane", Noted)
+    yeam.merge(config, tmp_path / "three" / "out")
+    monkeypatch.setattr(engine, "MANY", 1)
+    yeam.merge(config, tmp_path / "one" / "out")
+    assert made == [False] * 4
+    same_output(tmp_path / "three" / "out", tmp_path / "one" / "out")
+
+
 @pytest.fixture
 def advice(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, int]]:
     """All advice about the page cache, as (path, begin, end, kind)."""

@@ -37,6 +37,10 @@ from yeam.methods import method_named
 from yeam.planning.jobs import Input, Job, Plan
 
 CPU_TILE = 1 << 18  # elements: large enough that calls into torch do not count, small enough for the caches
+SMALL, MANY = (
+    1 << 16,
+    1 << 11,
+)  # elements of a tensor on average, and tensors: so many so small ones keep one lane's interpreter busy
 CUDA_TILE = 1 << 24  # as many elements where the device's free memory allows: more would not be faster
 CUDA_SHARE = 0.8  # of the free memory: the rest is for what methods allocate on the way
 WATCH = 0.2  # seconds between looks at the other processes
@@ -88,13 +92,15 @@ def run(
         todo = [job for job in jobs if job.name not in output.finished]
     lanes, fitting, keeps = _lanes(plan.jobs, checkpoints, device, memory)
     tile = fitting if tile is None else tile
-    lanes = max(1, min(lanes, len(todo), cores() // neighbours))
+    alone = device.type == "cpu" and len(todo) >= MANY and sum(job.numel for job in todo) < SMALL * len(todo)
+    lanes = 1 if alone else max(1, min(lanes, len(todo), cores() // neighbours))
     done = len(plan.jobs) - len(todo)
     written = plan.total_bytes - sum(job.nbytes for job in todo)
     ordered = _order(todo, lanes)
     downloads = Downloads(plan.jobs, ordered, checkpoints)
     behind = DropBehind(plan, todo, checkpoints, output)
-    crew = _Crew(plan, checkpoints, output, device, lanes, tile, keeps, downloads, behind, pool, memory)
+    threads = device.type == "cuda" or (lanes == 1 and not alone)
+    crew = _Crew(plan, checkpoints, output, device, lanes, threads, tile, keeps, downloads, behind, pool, memory)
     # sums and factorizations differ in their last bits with the number of threads, and no output may depend on the lanes
     with (
         _intra_op_threads(1 if device.type == "cpu" else max(1, cores() // lanes)),
@@ -219,6 +225,7 @@ class _Crew:
         output: Destination,
         device: torch.device,
         lanes: int,
+        threads: bool,
         tile: int,
         keeps: int,
         downloads: Downloads,
@@ -235,7 +242,6 @@ class _Crew:
         self._totals = Totals(plan, checkpoints, pool)
         self._halt = threading.Event()
         self._results: SimpleQueue[Job | BaseException] = SimpleQueue()
-        threads = lanes == 1 or device.type == "cuda"
         spare = self._on_the_cpu if device.type == "cuda" else None
         self._lanes = [
             Lane(stage_for(device), tile, self._halt, threads=threads, keeps=keeps, spare=spare) for _ in range(lanes)
