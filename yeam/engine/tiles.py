@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 BYTES = 64  # every input's part of a read buffer begins at a multiple of these
 ALIGN = 64  # elements: a multiple of four, so that blocks of four never straddle two tiles
-STORED = (
-    2  # a tile that is not converted is longer by this: it takes no more memory, and fewer turns of the interpreter
-)
+STORED = 2  # times as long is a tile that is not converted: it takes no more memory, and fewer turns of the interpreter
 KEPT = 96 << 20  # bytes at most that a lane on the CPU keeps of what it read, for the next pass over the same tensor
 AHEAD = 2  # tiles read before they are asked for, where a lane has a reading thread
 
