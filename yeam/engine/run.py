@@ -37,10 +37,8 @@ from yeam.methods import method_named
 from yeam.planning.jobs import Input, Job, Plan
 
 CPU_TILE = 1 << 18  # elements: large enough that calls into torch do not count, small enough for the caches
-MANY, SMALL = (
-    1 << 11,
-    1 << 16,
-)  # tensors, and elements of one on average: where more are smaller, lanes wait for the interpreter
+MANY = 1 << 11  # tensors that one lane merges alone if they are small: several would wait for the interpreter
+SMALL = 1 << 16  # elements: of more on average they are not
 CUDA_TILE = 1 << 24  # as many elements where the device's free memory allows: more would not be faster
 CUDA_SHARE = 0.8  # of the free memory: the rest is for what methods allocate on the way
 WATCH = 0.2  # seconds between looks at the other processes
