@@ -219,6 +219,35 @@ def test_passes_after_the_first_find_what_was_read(
     same_output(tmp_path / "once" / "out", tmp_path / "again" / "out")
 
 
+def test_what_is_kept_and_what_is_held_fit_together(
+    tmp_path: Path, llama: Llama, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The point of a large embedding and the inputs of smaller tensors, kept for the next pass, are never there at the same time."""
+    seen: list[tuple[int, int, int]] = []
+
+    class Noted(tiles.Lane):
+        def buffer(self, key: Any, nbytes: int) -> Tensor:
+            found = super().buffer(key, nbytes)
+            self.note()
+            return found
+
+        def work(self, key: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            found = super().work(key, shape, dtype)
+            self.note()
+            return found
+
+        def note(self) -> None:
+            held, kept = (self._buffers[key].numel() if key in self._buffers else 0 for key in (tiles.HELD, tiles.KEEP))
+            seen.append((held, kept, self.most))
+
+    monkeypatch.setattr(engine, "Lane", Noted)
+    monkeypatch.setattr(tiles, "KEPT", 200_000)  # of the embedding's 1.5 MB none
+    a, b, base = (llama(name, hidden=64, vocab=2000) for name in ("a", "b", "base"))
+    yeam.merge(recipe(a, b, merge_method="yeam", base_model=base, parameters={"frames": 16}), tmp_path / "out")
+    assert max(held for held, _, _ in seen) >= 2000 * 64 * 4 and max(kept for _, kept, _ in seen) > 0
+    assert all(held + kept <= most for held, kept, most in seen)
+
+
 def test_many_small_tensors_take_one_lane(
     tmp_path: Path, llama: Llama, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,8 +196,11 @@ def test_a_killed_run_continues_in_its_stages(models: dict[str, Path], tmp_path:
     assert len(folders) == 2 and not (tmp_path / "out").exists()
     events: list[Progress] = []
     report = yeam.merge(stages, tmp_path / "out", progress=events.append)
-    assert report.resumed >= 50 and events[-1].tensors == events[-1].total_tensors == 63
-    assert events[-1].nbytes == events[-1].total_bytes
+    assert (
+        50 <= report.resumed == 63 - len(events)
+    )  # the lanes may have finished before the listener ended the last run
+    assert all(event.total_tensors == 63 for event in events) and [event.tensors for event in events[-1:]] in ([63], [])
+    assert all(event.nbytes == event.total_bytes for event in events[-1:])
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
 

@@ -30,7 +30,7 @@ from yeam.engine.output import Destination
 from yeam.engine.readahead import ReadAhead
 from yeam.engine.stage import CpuStage, free_bytes, stage_for
 from yeam.engine.stepdown import LEAST_TILE, stepping_down
-from yeam.engine.tiles import Cancelled, JobInputs, Lane, device_bytes, kept_bytes, tile_bytes
+from yeam.engine.tiles import KEPT, Cancelled, JobInputs, Lane, device_bytes, kept_bytes, tile_bytes
 from yeam.engine.totals import Pool, Totals
 from yeam.errors import UserError, YeamError
 from yeam.methods import method_named
@@ -89,6 +89,7 @@ def run(
     if jobs is not None:
         todo = [job for job in jobs if job.name not in output.finished]
     lanes, fitting, keeps = _lanes(plan.jobs, checkpoints, device, memory)
+    most = max((_at_once(job, checkpoints, fitting, keeps) for job in plan.jobs), default=0)
     tile = fitting if tile is None else tile
     alone = device.type == "cpu" and len(todo) >= MANY and sum(job.numel for job in todo) < SMALL * len(todo)
     lanes = 1 if alone else max(1, min(lanes, len(todo), cores() // neighbours))
@@ -98,7 +99,7 @@ def run(
     downloads = Downloads(plan.jobs, ordered, checkpoints)
     behind = DropBehind(plan, todo, checkpoints, output)
     threads = device.type == "cuda" or (lanes == 1 and not alone)
-    crew = _Crew(plan, checkpoints, output, device, lanes, threads, tile, keeps, downloads, behind, pool, memory)
+    crew = _Crew(plan, checkpoints, output, device, lanes, threads, tile, keeps, most, downloads, behind, pool, memory)
     # sums and factorizations differ in their last bits with the number of threads, and no output may depend on the lanes
     with (
         _intra_op_threads(1 if device.type == "cpu" else max(1, cores() // lanes)),
@@ -145,9 +146,9 @@ def costs_of(plan: Plan, checkpoints: Sequence[Checkpoint], memory: int) -> dict
     tile = _ample_tile(plan.jobs, checkpoints)
     tiles = max((tile_bytes(job, checkpoints, tile) for job in plan.jobs), default=0)
     lanes = _lane_count(plan.jobs, memory - anonymous_bytes(), tiles, resident, cores())
-    kept = max((kept_bytes(job, checkpoints, tile) for job in plan.jobs), default=0)
+    most = max((_at_once(job, checkpoints, tile, KEPT) for job in plan.jobs), default=0)
     least = anonymous_bytes() + lanes * (tiles + resident)
-    peak = max(least, min(least + lanes * kept, memory))
+    peak = max(least, min(anonymous_bytes() + lanes * (tiles + most), memory))
     return {"read_bytes": sum(by_role.values()), "read_by_role": by_role, "peak_memory": peak}
 
 
@@ -183,6 +184,12 @@ def _lanes(
     lanes = _lane_count(todo, available, tiles, resident, cores())
     kept = max(kept_bytes(job, checkpoints, tile) for job in todo)
     return lanes, tile, max(0, min(kept, available // lanes - tiles - resident))
+
+
+def _at_once(job: Job, checkpoints: Sequence[Checkpoint], tile: int, keeps: int) -> int:
+    """Bytes that a job's method holds and that are kept of its inputs, where they are at most `keeps`."""
+    kept = kept_bytes(job, checkpoints, tile)
+    return job.resident + (kept if kept <= keeps else 0)
 
 
 def _ample_tile(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> int:
@@ -226,6 +233,7 @@ class _Crew:
         threads: bool,
         tile: int,
         keeps: int,
+        most: int,
         downloads: Downloads,
         behind: DropBehind,
         pool: Pool | None,
@@ -242,7 +250,8 @@ class _Crew:
         self._results: SimpleQueue[Job | BaseException] = SimpleQueue()
         spare = self._on_the_cpu if device.type == "cuda" else None
         self._lanes = [
-            Lane(stage_for(device), tile, self._halt, threads=threads, keeps=keeps, spare=spare) for _ in range(lanes)
+            Lane(stage_for(device), tile, self._halt, threads=threads, keeps=keeps, most=most, spare=spare)
+            for _ in range(lanes)
         ]
         self._spare: Lane | None = None
         self._threads: list[threading.Thread] = []

@@ -32,6 +32,7 @@ BYTES = 64  # every input's part of a read buffer begins at a multiple of these
 ALIGN = 64  # elements: a multiple of four, so that blocks of four never straddle two tiles
 STORED = 2  # times as long is a tile that is not converted: it takes no more memory, and fewer turns of the interpreter
 KEPT = 96 << 20  # bytes at most that a lane on the CPU keeps of what it read, for the next pass over the same tensor
+HELD, KEEP = ("held", ""), ("kept", "")  # a lane's blocks for what a job's method holds, and for what it read
 AHEAD = 2  # tiles read before they are asked for, where a lane has a reading thread
 
 
@@ -56,8 +57,9 @@ class Lane:
 
     Several lanes on a CPU read, compute and write at different times anyway, and handing tiles between threads costs more than it
     hides (a third of the time of a linear merge on two cores): then `threads` is False and a lane does all three itself.
-    `keeps`: bytes of what was read of a tensor that may stay for the next pass over it. `spare` gives a lane on the CPU for a job
-    that does not fit on the device, `stepped_down` says that something did not (see `yeam.engine.stepdown`).
+    `keeps`: bytes of what was read of a tensor that may stay for the next pass over it; `most`: bytes of that and of what methods hold,
+    together. `spare` gives a lane on the CPU for a job that does not fit on the device, `stepped_down` says that something did not (see
+    `yeam.engine.stepdown`).
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class Lane:
         *,
         threads: bool,
         keeps: int = 0,
+        most: int = 0,
         spare: Callable[[Job], Lane] | None = None,
     ) -> None:
         self.stage = stage
-        self.keeps = keeps
+        self.keeps, self.most = keeps, most
         self.keeper: object = None  # whose bytes are kept
         self.spare = spare
         self.stepped_down: dict[str, Any] = {}
@@ -96,6 +99,15 @@ class Lane:
         if known is None or known.numel() < nbytes:
             known = self._buffers[key] = self.stage.memory(nbytes)
         return known[:nbytes].view(dtype).view(shape)
+
+    def make_room(self, held: int, kept: int) -> None:
+        """Let go of what other jobs held or kept where that and what this one will would be more than there may be."""
+        blocks = {HELD: held, KEEP: kept}
+        sizes = {key: self._buffers[key].numel() if key in self._buffers else 0 for key in blocks}
+        if sum(max(sizes[key], nbytes) for key, nbytes in blocks.items()) > self.most:
+            for key, nbytes in blocks.items():
+                if sizes[key] > nbytes:
+                    del self._buffers[key]
 
     def release(self) -> None:
         """Let go of all buffers, so that the next ones may be smaller."""
@@ -145,6 +157,8 @@ class JobInputs:
         nbytes = kept_bytes(job, checkpoints, lane.tile_elements)
         self._keeps = nbytes if companion is None and nbytes <= lane.keeps else 0
         self._room = 0
+        if companion is None:
+            lane.make_room(job.resident, lane.keeps if self._keeps else 0)
 
     def over_model(self, measure: Callable[[Inputs], Sequence[float]]) -> list[float]:
         return self._totals.of(self._job, measure, self._lane)
@@ -153,7 +167,7 @@ class JobInputs:
         self.facts.append(facts)
 
     def hold(self, *shape: int) -> Tensor:
-        return self._lane.work(("held", self._key), shape, self.dtype)
+        return self._lane.work((HELD[0], self._key), shape, self.dtype)
 
     def tiles(
         self, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1
@@ -266,7 +280,7 @@ class JobInputs:
         if nbytes > self._room:
             return None
         self._room -= nbytes
-        return lane.buffer("kept", lane.keeps)[self._room : self._room + nbytes]
+        return lane.buffer(KEEP, lane.keeps)[self._room : self._room + nbytes]
 
     def _served(self, future: Future[_Part], slot: int, busy: dict[int, list[Wait]]) -> _Part:
         if self._lane.stop.is_set():
