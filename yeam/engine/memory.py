@@ -85,6 +85,13 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 64 << 20)
 
 
+def return_freed_memory() -> None:
+    """Ask glibc for all that threads have freed: blocks are kept for a merge, not for the program that made it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def cores() -> int:
     """Processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,7 +25,7 @@ from yeam.engine.checks import checked_square, culprit
 from yeam.engine.copying import copied
 from yeam.engine.downloads import Downloads
 from yeam.engine.dropbehind import DropBehind
-from yeam.engine.memory import anonymous_bytes, cores, keep_freed_memory
+from yeam.engine.memory import anonymous_bytes, cores, keep_freed_memory, return_freed_memory
 from yeam.engine.output import Destination
 from yeam.engine.readahead import ReadAhead
 from yeam.engine.stage import CpuStage, free_bytes, stage_for
@@ -116,6 +116,8 @@ def run(
                     listener(Progress(job.name, done, len(plan.jobs), written, plan.total_bytes))
         finally:
             crew.stop()
+            del crew  # with its buffers
+            return_freed_memory()
     return time.monotonic() - started
 
 
