@@ -112,11 +112,15 @@ class Lane:
     def release(self) -> None:
         """Let go of all buffers, so that the next ones may be smaller."""
         self._buffers.clear()
+        self.keeper = None
         self.stage.release()
 
     def close(self) -> None:
+        """End the threads and let go of all buffers, which the last job's inputs may refer to in a circle."""
         self.reader.shutdown(wait=True, cancel_futures=True)
         self.writer.shutdown(wait=True, cancel_futures=True)
+        self.keeper = None
+        self._buffers.clear()
 
 
 class JobInputs:
