@@ -63,9 +63,6 @@ def _spread_columns_(
                 grams.add(tile_RN)
             band_RN.copy_(tile_RN)
         place_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(columns))
-        if not last:
-            for gram_Fww in grams.grams:
-                _mirror_(gram_Fww)
         before = None if last else (grams, _powers(grams.grams, alpha, 0.0 if number else noise))
 
 
@@ -86,7 +83,6 @@ def _spread_rows_(
             frame_FwN = _row_frames(x_MN.index_select(0, band_R), width)
             grams.append(frame_FwN.new_zeros(len(frame_FwN), frame_FwN.shape[1], frame_FwN.shape[1]))
             _add_gram_(grams[-1], frame_FwN.mT)
-            _mirror_(grams[-1])
         for band_R, power_Fww in zip(bands, _powers(grams, alpha, 0.0 if number else noise)):
             frame_FwN = _row_frames(x_MN.index_select(0, band_R), width)
             _put_rows(x_MN, band_R, torch.bmm(power_Fww, frame_FwN).view(-1, columns))
@@ -133,23 +129,14 @@ def _put_rows(x_MN: Tensor, band_R: Tensor, tile_RN: Tensor) -> None:
 
 
 def _add_gram_(gram_Fww: Tensor, x_FRw: Tensor) -> None:
-    """Add XᵀX of every frame, without the lower left quarter, which mirrors the upper right one."""
-    half = _half(x_FRw.shape[2])
+    """Add XᵀX of every frame; the lower left quarter, which mirrors the upper right one and which `_powers` does not read, may stay 0."""
+    width = x_FRw.shape[2]
+    half = width // 2 if width >= LEAST_CUT else width
     left_FRh, right_FRh = x_FRw[:, :, :half], x_FRw[:, :, half:]
     gram_Fww[:, :half, :half].baddbmm_(left_FRh.mT, left_FRh)
-    if half < x_FRw.shape[2]:
+    if half < width:
         gram_Fww[:, :half, half:].baddbmm_(left_FRh.mT, right_FRh)
         gram_Fww[:, half:, half:].baddbmm_(right_FRh.mT, right_FRh)
-
-
-def _mirror_(gram_Fww: Tensor) -> None:
-    half = _half(gram_Fww.shape[2])
-    gram_Fww[:, half:, :half] = gram_Fww[:, :half, half:].mT
-
-
-def _half(width: int) -> int:
-    """Where a Gram matrix is cut; narrow ones are not worth it."""
-    return width // 2 if width >= LEAST_CUT else width
 
 
 class _ColumnGrams:
@@ -171,7 +158,6 @@ class _ColumnGrams:
         return [*parts, tile_RN[None, :, self._whole :]] if self._whole < tile_RN.shape[1] else parts
 
     def add(self, tile_RN: Tensor) -> None:
-        """Its products, of which `_mirror_` makes whole Gram matrices when all bands are in."""
         for gram_Fww, frame_FRw in zip(self.grams, self._frames(tile_RN)):
             _add_gram_(gram_Fww, frame_FRw)
 
@@ -182,12 +168,12 @@ class _ColumnGrams:
 
 
 def _powers(grams: list[Tensor], alpha: float, noise: float = 0.0) -> list[Tensor]:
-    """C^(−α/2) of all frames, with one floor for all of them.
+    """C^(−α/2) of all frames, from their upper triangles, with one floor for all of them.
 
     noise: the eigenvalue that rounding and the like alone would have. An axis is given the share of its energy that is more than
     that (a Wiener filter), at least a hundredth, so that an update of nothing else is still one.
     """
-    eigen = [torch.linalg.eigh(gram_Fww) for gram_Fww in grams]
+    eigen = [torch.linalg.eigh(gram_Fww, UPLO="U") for gram_Fww in grams]
     least = FLOOR * max(float(values_Fw.max()) for values_Fw, _ in eigen)
 
     def power(values_Fw: Tensor) -> Tensor:
