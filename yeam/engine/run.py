@@ -30,7 +30,7 @@ from yeam.engine.output import Destination
 from yeam.engine.readahead import ReadAhead
 from yeam.engine.stage import CpuStage, free_bytes, stage_for
 from yeam.engine.stepdown import LEAST_TILE, stepping_down
-from yeam.engine.tiles import KEPT, Cancelled, JobInputs, Lane, device_bytes, kept_bytes, tile_bytes
+from yeam.engine.tiles import Cancelled, JobInputs, Lane, device_bytes, kept_bytes, tile_bytes
 from yeam.engine.totals import Pool, Totals
 from yeam.errors import UserError, YeamError
 from yeam.methods import method_named
@@ -88,8 +88,7 @@ def run(
     todo = [job for job in plan.jobs if job.name not in output.finished]
     if jobs is not None:
         todo = [job for job in jobs if job.name not in output.finished]
-    lanes, fitting, keeps = _lanes(plan.jobs, checkpoints, device, memory)
-    most = max((_at_once(job, checkpoints, fitting, keeps) for job in plan.jobs), default=0)
+    lanes, fitting, keeps, most = _lanes(plan.jobs, checkpoints, device, memory)
     tile = fitting if tile is None else tile
     alone = device.type == "cpu" and len(todo) >= MANY and sum(job.numel for job in todo) < SMALL * len(todo)
     lanes = 1 if alone else max(1, min(lanes, len(todo), cores() // neighbours))
@@ -148,7 +147,7 @@ def costs_of(plan: Plan, checkpoints: Sequence[Checkpoint], memory: int) -> dict
     tile = _ample_tile(plan.jobs, checkpoints)
     tiles = max((tile_bytes(job, checkpoints, tile) for job in plan.jobs), default=0)
     lanes = _lane_count(plan.jobs, memory - anonymous_bytes(), tiles, resident, cores())
-    most = max((_at_once(job, checkpoints, tile, KEPT) for job in plan.jobs), default=0)
+    most = max((job.resident + kept_bytes(job, checkpoints, tile) for job in plan.jobs), default=0)
     least = anonymous_bytes() + lanes * (tiles + resident)
     peak = max(least, min(anonymous_bytes() + lanes * (tiles + most), memory))
     return {"read_bytes": sum(by_role.values()), "read_by_role": by_role, "peak_memory": peak}
@@ -160,14 +159,14 @@ def _is_streamed(checkpoints: Sequence[Checkpoint], source: Input) -> bool:
 
 def _lanes(
     todo: Sequence[Job], checkpoints: Sequence[Checkpoint], device: torch.device, memory: int
-) -> tuple[int, int, int]:
-    """How many jobs run at a time; the elements of a tile, fewer than usual where many sources would not fit; and the bytes that each
-    may keep of what it reads."""
+) -> tuple[int, int, int, int]:
+    """How many jobs run at a time; the elements of a tile, fewer than usual where many sources would not fit; the bytes that each may keep
+    of what it reads; and the most that it keeps and its method holds."""
     available = memory - anonymous_bytes()
     tile = _ample_tile(todo, checkpoints) if device.type == "cpu" else _device_tile(todo, checkpoints, device)
     largest = max(todo, key=lambda job: job.resident, default=None)
     if largest is None:
-        return 1, tile, 0
+        return 1, tile, 0, 0
     resident = largest.resident if device.type == "cpu" else 0
     while True:
         tiles = max(tile_bytes(job, checkpoints, tile) for job in todo)
@@ -182,16 +181,11 @@ def _lanes(
             + (", or `frames: none`" if "frames" in largest.parameters else ""),
         )
     if device.type == "cuda":
-        return 1, tile, 0
+        return 1, tile, 0, largest.resident
     lanes = _lane_count(todo, available, tiles, resident, cores())
-    kept = max(kept_bytes(job, checkpoints, tile) for job in todo)
-    return lanes, tile, max(0, min(kept, available // lanes - tiles - resident))
-
-
-def _at_once(job: Job, checkpoints: Sequence[Checkpoint], tile: int, keeps: int) -> int:
-    """Bytes that a job's method holds and that are kept of its inputs, where they are at most `keeps`."""
-    kept = kept_bytes(job, checkpoints, tile)
-    return job.resident + (kept if kept <= keeps else 0)
+    kept = [kept_bytes(job, checkpoints, tile) for job in todo]
+    keeps = max(0, min(max(kept), available // lanes - tiles - resident))
+    return lanes, tile, keeps, max(job.resident + (own if own <= keeps else 0) for job, own in zip(todo, kept))
 
 
 def _ample_tile(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> int:
@@ -291,7 +285,7 @@ class _Crew:
 
     def _on_the_cpu(self, job: Job) -> Lane:
         """A lane for a job that does not fit on the device. Raises UserError where it does not fit into the memory either."""
-        _, tile, _ = _lanes([job], self._checkpoints, torch.device("cpu"), self._memory)
+        _, tile, *_ = _lanes([job], self._checkpoints, torch.device("cpu"), self._memory)
         if self._spare is None:  # there is one lane on CUDA, so nobody else makes it at the same time
             self._spare = Lane(CpuStage(), tile, self._halt, threads=True)
         self._spare.tile_elements = tile
