@@ -286,9 +286,8 @@ def test_low_rank_updates_stay_in_their_spans(shape: tuple[int, int], dtype: tor
 def test_the_order_of_the_sources_is_irrelevant(seed: int, K: int) -> None:
     updates, base = models((14, 11), K, seed)
     for name in METHODS:
-        torch.testing.assert_close(
-            merge(name, updates[::-1], base), merge(name, updates, base), rtol=0, atol=1e-8
-        )  # badly conditioned ones too
+        allowed = 1e-8 if name == "iso_cts" else 1e-9  # its two decompositions magnify rounding where values are close
+        torch.testing.assert_close(merge(name, updates[::-1], base), merge(name, updates, base), rtol=0, atol=allowed)
 
 
 def test_more_sources_than_the_short_side_allows() -> None:
