@@ -5,13 +5,16 @@ Legend: K sources, T elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from yeam.compiled import KINDS, words
-from yeam.methods import Tile
+from yeam.checkpoint.dtypes import dtype_named
+from yeam.compiled import KINDS, Array, clone, tensor, words
+from yeam.methods import Method, Tile
 from yeam.methods.inputs import StoredTile
 
 
@@ -33,6 +36,7 @@ class HeldInputs:
         self.role = role
         self.name, self.shape, self.K, self.has_base = name, shape, len(sources_KT), base is not None
         self.device, self.dtype = sources_KT.device, sources_KT.dtype
+        self.work = dtype_named(str(self.dtype)).code
         self.rounding = (0.0,) * self.K
         self.exact = exact or self.dtype.itemsize < 4
         self.companions: dict[str, HeldInputs] = {}
@@ -63,8 +67,19 @@ class HeldInputs:
     def hold(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype)
 
+    def hold_array(self, *shape: int) -> Array:
+        return np.empty(shape, np.float32)
+
+    def tensors(self) -> None:
+        pass
+
     def over_model(self, measure: Callable[[HeldInputs], Sequence[float]]) -> list[float]:
         return list(measure(self))
 
     def record(self, **facts: object) -> None:
         self.facts.append(facts)
+
+
+def outcome(method: Method, inputs: HeldInputs, values: Mapping[str, Any]) -> Tensor:
+    """What the method makes of them, [T]."""
+    return torch.cat([tensor(clone(part)) for part in method.run(inputs, values)])

@@ -339,13 +339,13 @@ def test_whole_heads_and_report(tmp_path: Path) -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, set[int]]]]:
     """By model and tensor, the elements that were read."""
     found: dict[str, dict[str, set[int]]] = {}
-    plain = SafetensorsCheckpoint.read
+    plain = SafetensorsCheckpoint.read_into
 
-    def read(self: Any, name: str, start: int, stop: int, buffer: Any = None) -> torch.Tensor:
+    def read_into(self: Any, name: str, start: int, stop: int, place: Any) -> bool:
         found.setdefault(Path(self.reference).name, {}).setdefault(name, set()).update(range(start, stop))
-        return plain(self, name, start, stop, buffer)
+        return plain(self, name, start, stop, place)
 
-    monkeypatch.setattr(SafetensorsCheckpoint, "read", read)
+    monkeypatch.setattr(SafetensorsCheckpoint, "read_into", read_into)
     yield found
 
 

@@ -89,13 +89,13 @@ def test_start_and_every_choose_and_the_others_are_not_read(
 ) -> None:
     made = runs(*range(100, 1100, 100))
     touched = set()
-    read = SafetensorsCheckpoint.read
+    read_into = SafetensorsCheckpoint.read_into
 
-    def watched(self: SafetensorsCheckpoint, *arguments: Any) -> torch.Tensor:
+    def watched(self: SafetensorsCheckpoint, *arguments: Any) -> bool:
         touched.add(self.folder.name)
-        return read(self, *arguments)
+        return read_into(self, *arguments)
 
-    monkeypatch.setattr(SafetensorsCheckpoint, "read", watched)
+    monkeypatch.setattr(SafetensorsCheckpoint, "read_into", watched)
     recipe = {
         "merge_method": "swa",
         "models": [{"model": "runs/checkpoint-*"}],

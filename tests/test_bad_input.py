@@ -262,7 +262,7 @@ def below(entry: dict[str, str], **parameters: Any) -> dict[str, Any]:
 def test_what_a_method_cannot_use(method, models, keys, texts, llama, recipe, refused, tmp_path, monkeypatch):
     """Refused from headers alone: reading a weight would fail."""
     folders = {name: llama(name) for name in ("base", "a", "b")}
-    monkeypatch.setattr(SafetensorsCheckpoint, "read", lambda *words: pytest.fail("a weight was read"))
+    monkeypatch.setattr(SafetensorsCheckpoint, "read_into", lambda *words: pytest.fail("a weight was read"))
     models = [{**entry, "model": str(folders[entry["model"]])} for entry in models]
     keys = {key: folders[value] if key == "base_model" else value for key, value in keys.items()}
     refused(

@@ -21,6 +21,7 @@ from test_stage import FakeCuda
 from torch import Tensor
 
 import yeam
+from yeam.compiled import Array
 from yeam.engine import copying, dropbehind, readahead, tiles
 from yeam.engine import run as engine
 from yeam.engine.stage import CpuStage, CudaStage
@@ -63,7 +64,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> SmallDevice:
 
     monkeypatch.setattr(engine, "stage_for", stage_for)
     monkeypatch.setattr(engine, "free_bytes", lambda device: 1 << 30)
-    monkeypatch.setattr("yeam.engine.stage.choose_device", torch.device)
+    monkeypatch.setattr("yeam.engine.device.choose_device", torch.device)
     monkeypatch.setattr("yeam.engine.stepdown.LEAST_TILE", 256)
     return api
 
@@ -226,7 +227,7 @@ def test_what_is_kept_and_what_is_held_fit_together(
     seen: list[tuple[int, int, int]] = []
 
     class Noted(tiles.Lane):
-        def buffer(self, key: Any, nbytes: int) -> Tensor:
+        def buffer(self, key: Any, nbytes: int) -> Array:
             found = super().buffer(key, nbytes)
             self.note()
             return found
@@ -237,8 +238,7 @@ def test_what_is_kept_and_what_is_held_fit_together(
             return found
 
         def note(self) -> None:
-            held, kept = (self._buffers[key].numel() if key in self._buffers else 0 for key in (tiles.HELD, tiles.KEEP))
-            seen.append((held, kept, self.most))
+            seen.append((*self.sizes, self.most))
 
     monkeypatch.setattr(engine, "Lane", Noted)
     monkeypatch.setattr(tiles, "KEPT", 200_000)  # of the embedding's 1.5 MB none

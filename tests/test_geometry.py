@@ -11,7 +11,7 @@ import numba
 import pytest
 import reference
 import torch
-from held_inputs import HeldInputs
+from held_inputs import HeldInputs, outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -43,7 +43,7 @@ def merge(sources: Tensor, base: Tensor | None, tile: int = 1 << 18, **parameter
     values = {p.keyword: p.default for p in method.parameters.values()}
     values |= {"weight": (1.0,) * len(sources)} | parameters
     inputs = HeldInputs(sources, base, tuple(sources.shape[1:]), tile)
-    return torch.cat([part.clone() for part in method.run(inputs, values)]).view(sources.shape[1:])
+    return outcome(method, inputs, values).view(sources.shape[1:])
 
 
 @given(K=st.integers(1, 9), T=st.integers(1, 200), softness=SOFTNESS, seed=SEED)
@@ -134,10 +134,7 @@ def test_compiled_rays_equal_the_reference(K, size, with_base, softness, seed) -
             along.add(served, weight, point_T[part])
         return [
             point_T,
-            moments.gram_KK,
-            moments.along_K,
-            moments.squares_2,
-            along.sources_K,
+            *map(torch.from_numpy, (moments.gram_KK, moments.along_K, moments.squares_2, along.sources_K)),
             torch.tensor(along.square),
         ]
 

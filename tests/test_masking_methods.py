@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from held_inputs import HeldInputs
+from held_inputs import HeldInputs, outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -48,7 +48,7 @@ def merge(name: str, sources: Sequence[Tensor], base: Tensor, tile: int = 1 << 1
     assert not values
     inputs = HeldInputs(torch.stack(list(sources)), base, tuple(base.shape), tile)
     with torch.inference_mode():
-        return torch.cat([part.clone() for part in method.run(inputs, full)]).view(base.shape)
+        return outcome(method, inputs, full).view(base.shape)
 
 
 def models(shape: tuple[int, ...], K: int, seed: int = 0, coarse: bool = False) -> tuple[list[Tensor], Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from held_inputs import HeldInputs
+from held_inputs import HeldInputs, outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -41,7 +41,7 @@ def merge(
     assert not values
     inputs = HeldInputs(torch.stack([base + update for update in updates]), base, tuple(base.shape), tile, role=role)
     with torch.inference_mode():
-        return torch.cat([part.clone() for part in method.run(inputs, full)]).view(base.shape)
+        return outcome(method, inputs, full).view(base.shape)
 
 
 def models(shape: tuple[int, ...], K: int, seed: int = 0) -> tuple[list[Tensor], Tensor]:

@@ -23,6 +23,7 @@ import yeam.engine.stages
 import yeam.planning.stages
 from yeam.checkpoint.safetensors import SafetensorsCheckpoint
 from yeam.cli.app import app
+from yeam.compiled import Array
 from yeam.engine.run import Progress
 from yeam.errors import CheckpointError, UserError, YeamError
 
@@ -166,13 +167,13 @@ def test_a_shared_stage_is_computed_once(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elements: dict[str, int] = {}
-    read = SafetensorsCheckpoint.read
+    read_into = SafetensorsCheckpoint.read_into
 
-    def counted(self: SafetensorsCheckpoint, name: str, start: int, stop: int, buffer: Any = None) -> torch.Tensor:
+    def counted(self: SafetensorsCheckpoint, name: str, start: int, stop: int, place: Array) -> bool:
         elements[self.folder.name] = elements.get(self.folder.name, 0) + stop - start
-        return read(self, name, start, stop, buffer)
+        return read_into(self, name, start, stop, place)
 
-    monkeypatch.setattr(SafetensorsCheckpoint, "read", counted)
+    monkeypatch.setattr(SafetensorsCheckpoint, "read_into", counted)
     a, b, c = models.values()
     recipe = [linear(a, b, name="s0"), linear("s0", c, name="s1"), linear("s0", c, name="s2"), linear("s1", "s2", "s0")]
     report = yeam.merge(recipe, tmp_path / "out")
@@ -275,7 +276,7 @@ def test_faults_in_what_passes_through_memory_are_named(
     assert report.stages[0]["streamed"]
     stages = [linear(loud, name="one", out_dtype="float16"), linear("one", a, out_dtype="float32")]
     for _ in range(2):
-        with pytest.raises(UserError, match=r"model.norm.weight: a merged value of 100000 overflows torch.float16"):
+        with pytest.raises(UserError, match=r"model.norm.weight: a merged value of 100000 overflows float16"):
             yeam.merge(stages, tmp_path / "loud_out")
         in_folders(monkeypatch)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import yeam
 from yeam.compiled import KINDS
-from yeam.stored import STEP, add_products, combine, move
+from yeam.stored import STEP, add_products, combine, move, narrow
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -102,3 +102,24 @@ def test_methods_on_stored_numbers(tmp_path: Path, code: str) -> None:
             results.append(load_file(tmp_path / "out" / "model.safetensors"))
         for tensor, expected in results[1].items():
             torch.testing.assert_close(results[0][tensor], expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("code", [*STORED])
+def test_numbers_are_narrowed_as_torch_does_it(code: str) -> None:
+    """To the nearest, ties to even, over the whole range of exponents; Inf stays, NaN stays one; and the sum of squares."""
+    generator = np.random.default_rng(5)
+    bits = generator.integers(0, 1 << 32, 5 * STEP + 3, dtype=np.uint32)
+    halves = (bits[:STEP] & np.uint32(0xFFFF0000)) | np.uint32(0x8000)  # between two numbers of bfloat16
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 65504, 65520, 3.4e38, 1e-45, 6e-8], np.float32)
+    x_T = np.concatenate([bits.view(np.float32), halves.view(np.float32), special])
+    dtype = STORED[code]
+    word_S = np.empty(len(x_T) * dtype.itemsize // 2, np.uint16)
+    narrow(x_T, KINDS[code], word_S)
+    found = torch.from_numpy(word_S.view(np.int16)).view(dtype)
+    wanted = torch.from_numpy(x_T).to(dtype)
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.signbit()[~wanted.isnan()], wanted.signbit()[~wanted.isnan()])
+
+    small_T = generator.standard_normal(3 * STEP + 5).astype(np.float32)
+    total = narrow(small_T, KINDS[code], word_S[: len(small_T) * dtype.itemsize // 2])
+    assert total == pytest.approx(float((small_T.astype(np.float64) ** 2).sum()), rel=1e-6)

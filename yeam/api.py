@@ -171,10 +171,10 @@ class _Settings:
 
 def _carry_out(pipeline: Pipeline, loaded: LoadedRecipe, settings: _Settings, ranks: Alone | Ranks) -> MergeReport:
     from yeam.engine.assemble import assemble
+    from yeam.engine.device import choose_device
     from yeam.engine.memory import default_budget
     from yeam.engine.output import Output
     from yeam.engine.ranks import Ranks
-    from yeam.engine.stage import choose_device
     from yeam.engine.stages import make_stages
     from yeam.engine.together import opened, run_together
     from yeam.report.licence import licensing
@@ -356,8 +356,10 @@ def compare(
         >>> family = "examples/tiny-family/models/"
         >>> yeam.compare(family + "code", family + "prose", base=family + "base").total.cosine  # doctest: +SKIP
     """
+    import torch
+
+    from yeam.engine.device import choose_device
     from yeam.engine.memory import default_budget
-    from yeam.engine.stage import choose_device
     from yeam.report.compare import compare_models
 
     return compare_models(
@@ -365,7 +367,7 @@ def compare(
         os.fspath(b),
         None if base is None else os.fspath(base),
         spectrum=spectrum,
-        device=choose_device(device),
+        device=torch.device(str(choose_device(device))),
         memory=default_budget() if memory is None else parse_size(memory),
         listener=progress,
     )

@@ -8,10 +8,11 @@ user's cache folder; where neither may be written, every process compiles for it
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 
@@ -19,19 +20,44 @@ KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 """How the loops of `yeam.stored` know a storage type, by its name in a safetensors header."""
 
 
-def is_compiled(x: Tensor) -> bool:
-    """Whether it is float32 on the CPU."""
+Array: TypeAlias = "np.ndarray[Any, Any]"
+Values: TypeAlias = "Tensor | Array"
+"""Numbers of a method: a tensor, or float32 in an array where compiled loops do all the work, so that torch is not even imported."""
+
+
+def is_compiled(x: Values) -> bool:
+    """Whether the loops take it: an array, or float32 on the CPU."""
+    if isinstance(x, np.ndarray):
+        return True
     import torch
 
-    return x.device.type == "cpu" and x.dtype == torch.float32
+    return bool(x.device.type == "cpu" and x.dtype == torch.float32)
 
 
-def words(rows_VT: Tensor) -> np.ndarray[Any, Any]:
+def array(x: Values) -> Array:
+    """What `is_compiled` as the loops take it, the same memory."""
+    return x if isinstance(x, np.ndarray) else x.numpy()
+
+
+def tensor(x: Values) -> Tensor:
+    """As a tensor, the same memory."""
+    if not isinstance(x, np.ndarray):
+        return x
+    import torch
+
+    return torch.from_numpy(x)
+
+
+def clone(x: Values) -> Values:
+    """In memory of its own."""
+    return x.copy() if isinstance(x, np.ndarray) else x.clone()
+
+
+def words(rows_VT: Tensor) -> Array:
     """Contiguous rows [V, T] of float32, bfloat16 or float16 on the CPU as the loops of `yeam.stored` take them: uint16 [V, S]."""
-    import numpy as np
     import torch
 
-    found: np.ndarray[Any, Any] = rows_VT.view(torch.int16).numpy().view(np.uint16)
+    found: Array = rows_VT.view(torch.int16).numpy().view(np.uint16)
     return found
 
 

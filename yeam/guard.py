@@ -20,9 +20,8 @@ from yeam.planning.jobs import Input, Job, Model, Plan
 from yeam.recipe import LoadedRecipe, ModelRef, StageRef
 
 if TYPE_CHECKING:
-    import torch
-
     from yeam.checkpoint import Checkpoint
+    from yeam.engine.device import Device
     from yeam.engine.output import Output
     from yeam.evaluation.results import Scores
     from yeam.planning.members import Member
@@ -127,9 +126,7 @@ class Guard:
             self._inputs[job.name] = name
         self._host = host
 
-    def hold(
-        self, plan: Plan, output: Output, report: MergeReport, *, device: torch.device, memory: int
-    ) -> MergeReport:
+    def hold(self, plan: Plan, output: Output, report: MergeReport, *, device: Device, memory: int) -> MergeReport:
         """Compare the assembled output with the host; where it is too much worse, replace its tensors by ones nearer to the host's.
 
         Returns the report with what was found. Raises what `yeam.evaluate` raises.
@@ -194,9 +191,7 @@ class Guard:
             findings=[*report.findings, found.sentence],
         )
 
-    def _scaled(
-        self, plan: Plan, output: Output, work: Path, strength: float, device: torch.device, memory: int
-    ) -> Output:
+    def _scaled(self, plan: Plan, output: Output, work: Path, strength: float, device: Device, memory: int) -> Output:
         """host + strength · (output − host), whole but for its publishing; at strength 0 the host's own values."""
         from yeam.checkpoint import open_checkpoint
         from yeam.engine.output import Output
@@ -298,7 +293,7 @@ def _taken_over(made: Output, output: Output, report: MergeReport) -> MergeRepor
 class _Losses:
     """Scores of folders on texts, on one device; the host's once for each text."""
 
-    def __init__(self, host: str, device: torch.device) -> None:
+    def __init__(self, host: str, device: Device) -> None:
         self._reference, self._device = host, str(device)
         self._known: dict[tuple[str, ...], Scores] = {}
 

@@ -1,4 +1,5 @@
-"""Sums over numbers as they are stored: widened, combined and multiplied a few thousand at a time, without a float32 copy of a tile.
+"""Sums over numbers as they are stored: widened, combined and multiplied a few thousand at a time, without a float32 copy of a tile; and
+the way back.
 
 Compiled for bfloat16, float16 and float32 (`KINDS`) on the CPU; every conversion is exact, sums are float32 (of products also float64).
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from yeam.compiled import loops
+from yeam.compiled import Array, loops
 
 STEP = 2048  # elements: a few rows of them in float32 stay in the innermost cache
 
@@ -159,3 +160,50 @@ def shift(word_S, kind, point_T, factor, out_T):  # type: ignore[no-untyped-def]
         widen(word_S, start, kind, x[:size], bits[:size])
         part_T[:] = x[:size]
         _add(point_T[start : start + size], factor, part_T)
+
+
+@_fused
+def _narrow_bfloat16(bits_T, word_T):  # type: ignore[no-untyped-def]
+    """To the nearest, of two the even one; any NaN becomes the quiet one."""
+    half, one = np.uint32(0x7FFF), np.uint32(1)
+    for i in range(len(bits_T)):
+        bits = bits_T[i]
+        odd = (bits >> np.uint32(16)) & one
+        rounded = (bits + half + odd) >> np.uint32(16)
+        is_nan = (bits & np.uint32(0x7FFFFFFF)) > _INFINITY
+        word_T[i] = np.uint16(np.uint32(0x7FC0) if is_nan else rounded)
+
+
+@_fused
+def narrow_bfloat16(x_T, word_T):  # type: ignore[no-untyped-def]
+    """x_T (float32) as bfloat16 into word_T [T]; returns Σ x²."""
+    bits_T, square = x_T.view(np.uint32), 0.0
+    for start in range(0, len(x_T), STEP):
+        stop = min(start + STEP, len(x_T))
+        _narrow_bfloat16(bits_T[start:stop], word_T[start:stop])
+        square += np.float64(_dot(x_T[start:stop], x_T[start:stop]))
+    return square
+
+
+@_fused
+def square(word_S, kind, T):  # type: ignore[no-untyped-def]
+    """Σ x² of the first T elements of a row."""
+    bits, total = np.empty(STEP, np.uint32), 0.0
+    x = bits.view(np.float32)
+    for start in range(0, T, STEP):
+        size = min(STEP, T - start)
+        widen(word_S, start, kind, x[:size], bits[:size])
+        total += np.float64(_dot(x[:size], x[:size]))
+    return total
+
+
+def narrow(x_T: Array, kind: int, word_S: Array) -> float:
+    """x_T (float32) in its storage type into a row of words; returns Σ x²."""
+    if kind == 0:
+        return float(narrow_bfloat16(x_T, word_S))
+    if kind == 1:
+        with np.errstate(over="ignore", invalid="ignore"):
+            word_S.view(np.float16)[:] = x_T
+    else:
+        word_S.view(np.float32)[:] = x_T
+    return float(square(x_T.view(np.uint16), 2, len(x_T)))

@@ -14,6 +14,8 @@ from yeam.checkpoint.dtypes import DTYPES, DType
 if TYPE_CHECKING:
     import torch
 
+    from yeam.compiled import Array
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -82,6 +84,11 @@ class Checkpoint(ABC):
         instead of a fresh allocation. Raises CheckpointError when the bytes are not there (truncated, removed, I/O
         error).
         """
+
+    def read_into(self, name: str, start: int, stop: int, place: Array) -> bool:
+        """As `read`, the stored bytes into `place` (uint8, as many as that takes), without torch; False, and nothing done, where that
+        is not all there is to it."""
+        return False
 
     def extent(self, name: str) -> Extent | None:
         """Where the tensor lies as raw bytes, for read-ahead and byte copies; None where it is computed on the fly."""

@@ -31,6 +31,11 @@ class DType:
         return 0.0 if bits is None else 0.154 * 4.0**-bits
 
     @property
+    def largest(self) -> float:
+        """The largest finite number of a floating-point type."""
+        return _LARGEST[self.code]
+
+    @property
     def torch(self) -> torch.dtype:
         """The torch dtype; raises CheckpointError where the installed torch lacks it."""
         import torch
@@ -43,6 +48,16 @@ class DType:
         assert isinstance(dtype, torch.dtype)
         return dtype
 
+
+_LARGEST = {
+    "F64": (2 - 2.0**-52) * 2.0**1023,
+    "F32": (2 - 2.0**-23) * 2.0**127,
+    "F16": 65504.0,
+    "BF16": (2 - 2.0**-7) * 2.0**127,
+    "F8_E4M3": 448.0,
+    "F8_E5M2": 57344.0,
+    "F8_E8M0": 2.0**127,
+}
 
 DTYPES: dict[str, DType] = {
     d.code: d

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from yeam.checkpoint.base import Checkpoint, Extent, TensorInfo, claim
+from yeam.checkpoint.base import Checkpoint, Extent, TensorInfo
 from yeam.checkpoint.files import Descriptors
 from yeam.checkpoint.folder import listed, read_index, read_json
 from yeam.checkpoint.header import Header
@@ -21,7 +21,7 @@ from yeam.checkpoint.safetensors import SafetensorsCheckpoint, Stored, check_ind
 from yeam.errors import CheckpointError
 
 if TYPE_CHECKING:
-    import torch
+    from yeam.compiled import Array
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -83,10 +83,9 @@ class HubCheckpoint(SafetensorsCheckpoint):
             with self._brought(self.piece(name)):
                 pass
 
-    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        piece = self.piece(name)
-        with self._brought(piece) as here:
-            return super().read(name, start, stop, buffer) if here else self._read_through(name, start, stop, buffer)
+    def read_into(self, name: str, start: int, stop: int, place: Array) -> bool:
+        with self._brought(self.piece(name)) as here:
+            return (super().read_into if here else self._read_through)(name, start, stop, place)
 
     def sample(self, name: str, blocks: int = 64, size: int = 4096) -> bytes:
         with self._brought(self.piece(name), urgent=True):
@@ -119,26 +118,23 @@ class HubCheckpoint(SafetensorsCheckpoint):
         finally:
             store.release([piece])
 
-    def _read_through(self, name: str, start: int, stop: int, buffer: torch.Tensor | None) -> torch.Tensor:
+    def _read_through(self, name: str, start: int, stop: int, place: Array) -> bool:
         """Straight from the Hub into memory."""
-        import torch
-
-        info, (shard, begin) = self.tensors[name], self._places[name]
-        tile = claim(buffer, stop - start, info.storage.torch)
-        target, at = tile.view(torch.uint8).numpy().data, 0
+        shard, begin = self._places[name]
+        size = self._size(name, start, stop)
+        target, at = place.data, 0
 
         def sink(chunk: bytes) -> None:
             nonlocal at
             target[at : at + len(chunk)] = chunk
             at += len(chunk)
 
-        size = info.storage.itemsize
         if stop > start:
             try:
                 self.repository.read_range(shard, begin + start * size, begin + stop * size, sink)
             except NoRanges:
                 raise no_ranges(self.repository) from None
-        return tile
+        return True
 
 
 def _neighbours(

@@ -25,6 +25,8 @@ from yeam.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+    from yeam.compiled import Array
+
 _NORM_TILE = 1 << 20
 
 
@@ -113,6 +115,10 @@ class LoraCheckpoint(Checkpoint):
         self._norms.clear()
         self._adapter.close()
         self._base.close()
+
+    def read_into(self, name: str, start: int, stop: int, place: Array) -> bool:
+        change = self._changes.get(name, Change(name))
+        return not change.computed and self._origin(change).read_into(change.source, start, stop, place)
 
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
         change = self._changes.get(name)

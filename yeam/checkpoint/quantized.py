@@ -23,6 +23,8 @@ from yeam.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+    from yeam.compiled import Array
+
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _ACTIVATION_SCALES = (
     *("input_scale", "input_scale_ub", "activation_scale", "output_scale"),
@@ -124,6 +126,9 @@ class DequantizedCheckpoint(Checkpoint):
     def close(self) -> None:
         self._recent.clear()
         self._base.close()
+
+    def read_into(self, name: str, start: int, stop: int, place: Array) -> bool:
+        return name not in self._scaling and self._base.read_into(name, start, stop, place)
 
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
         import torch

@@ -15,6 +15,8 @@ from yeam.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+    from yeam.compiled import Array
+
 
 class Stored(NamedTuple):
     """Where a tensor's bytes begin in a local file of `length` bytes, and what keeps that file open."""
@@ -99,17 +101,24 @@ class SafetensorsCheckpoint(Checkpoint):
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
         import torch
 
+        tile = claim(buffer, max(0, stop - start), self.tensors[name].storage.torch)
+        self.read_into(name, start, stop, tile.view(torch.uint8).numpy())
+        return tile
+
+    def read_into(self, name: str, start: int, stop: int, place: Array) -> bool:
+        size = self._size(name, start, stop)
+        path, length, begin, descriptors = self._stored(name)
+        if stop > start:
+            with descriptors.borrow(path, length) as fd:
+                read_exactly(fd, place[: (stop - start) * size].data, begin + start * size, f"{path}: tensor {name!r}")
+        return True
+
+    def _size(self, name: str, start: int, stop: int) -> int:
+        """Bytes of an element. Raises ValueError where it has not these elements."""
         info = self.tensors[name]
         if not 0 <= start <= stop <= info.numel:
             raise ValueError(f"{name}: elements [{start}, {stop}) of {info.numel}")
-        path, length, begin, descriptors = self._stored(name)
-        size = info.storage.itemsize
-        tile = claim(buffer, stop - start, info.storage.torch)
-        if stop > start:
-            target = tile.view(torch.uint8).numpy().data
-            with descriptors.borrow(path, length) as fd:
-                read_exactly(fd, target, begin + start * size, f"{path}: tensor {name!r}")
-        return tile
+        return info.storage.itemsize
 
     def extent(self, name: str) -> Extent | None:
         shard, begin = self._places[name]

@@ -40,9 +40,9 @@ class Deltas:
 
 def make_deltas(pipeline: Pipeline, folder: Path, *, device: str, memory: int) -> Deltas:
     """Compute the steps of the plan's injected tensors into `folder`. Raises UserError where the plan injects nothing."""
+    from yeam.engine.device import choose_device
     from yeam.engine.output import Output
     from yeam.engine.run import run
-    from yeam.engine.stage import choose_device
 
     jobs = tuple(job for job in pipeline.plan.jobs if job.method == METHOD)
     if not jobs:

@@ -7,36 +7,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.dtypes import DTYPES
+from yeam.compiled import Array
 from yeam.errors import CheckpointError, UserError, YeamError
 from yeam.planning.jobs import Job
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SEARCH = 1 << 20  # elements looked at together
 
 
 def checked_square(tile_T: Tensor, job: Job, allow_nan: bool, blame: Callable[[], YeamError]) -> float:
     """Σ tile², 0 for integers. Raises what `blame` gives for NaN or Inf, UserError for a value beyond the output's dtype."""
-    dtype = DTYPES[job.dtype].torch
-    if not dtype.is_floating_point:
+    import torch
+
+    if not DTYPES[job.dtype].is_float:
         return 0.0
-    largest = torch.finfo(dtype).max
     flat_T = tile_T if tile_T.dtype in (torch.float32, torch.float64) else tile_T.float()
     square = float(torch.dot(flat_T, flat_T))
-    if allow_nan:
-        return square
-    if not math.isfinite(square) and not bool(flat_T.isfinite().all()):
+    check_finite(square, lambda: flat_T.cpu().numpy(), job, allow_nan, blame)
+    return square
+
+
+def check_finite(
+    square: float, values: Callable[[], Array], job: Job, allow_nan: bool, blame: Callable[[], YeamError]
+) -> None:
+    """Of numbers with this sum of squares, which `values` gives where that leaves a doubt: raises as `checked_square`."""
+    dtype = DTYPES[job.dtype]
+    if allow_nan or square < dtype.largest * dtype.largest:
+        return
+    found_T = values()
+    if not np.isfinite(found_T).all():
         raise blame()
-    if not square < largest * largest and float(flat_T.abs().max()) > largest:
+    if float(np.abs(found_T).max(initial=0.0)) > dtype.largest:
         raise UserError(
-            f"{job.name}: a merged value of {float(flat_T.abs().max()):g} overflows {dtype}",
+            f"{job.name}: a merged value of {float(np.abs(found_T).max()):g} overflows {dtype.torch_name}",
             "choose an `out_dtype` with more range, such as bfloat16",
         )
-    return square
 
 
 def culprit(job: Job, checkpoints: Sequence[Checkpoint], start: int, stop: int) -> YeamError:

@@ -13,14 +13,15 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 import xxhash
 
 from yeam.checkpoint.base import Checkpoint, Extent
 from yeam.checkpoint.dtypes import DTYPES
-from yeam.engine.checks import checked_square
+from yeam.compiled import KINDS, Array
+from yeam.engine.checks import check_finite, checked_square
 from yeam.engine.output import Destination
-from yeam.engine.tiles import Cancelled, Lane, tile_step
+from yeam.engine.tiles import Cancelled, Lane, read_values, tile_step
 from yeam.errors import YeamError
 from yeam.planning.jobs import Job
 
@@ -46,16 +47,44 @@ def copied(
         if lane.stop.is_set():
             raise Cancelled
         stop = min(start + step, job.numel)
-        raw_T = checkpoint.read(source.tensor, start, stop, lane.buffer(("read", "", 0, 0), (stop - start) * size))
-        square += checked_square(raw_T, job, allow_nan, lambda start=start, stop=stop: blame(start, stop))  # type: ignore[misc]
-        data = raw_T.view(torch.uint8).numpy().data
+        raw_T = lane.buffer(("read", "", 0, 0), (stop - start) * size)
+        if not checkpoint.read_into(source.tensor, start, stop, raw_T):
+            lane.tensors()
+            read_values(checkpoint, source.tensor, start, stop, raw_T)
+        square += _square(raw_T, job, lane, allow_nan, lambda start=start, stop=stop: blame(start, stop))  # type: ignore[misc]
+        data = raw_T.data
         digest.update(data)
         begin, end = start * size, stop * size
         for left, right in ((begin, min(end, first)), (max(begin, last), end)):
             if left < right:
                 output.write(job, left, data[left - begin : right - begin])
-    facts = {"norm": square**0.5} if DTYPES[job.dtype].torch.is_floating_point else {}
+    facts = {"norm": square**0.5} if DTYPES[job.dtype].is_float else {}
     return digest.hexdigest(), facts
+
+
+def _square(raw_T: Array, job: Job, lane: Lane, allow_nan: bool, blame: Callable[[], YeamError]) -> float:
+    """Σ x² of the numbers that these bytes are, 0 for integers; raises what `checked_square` raises."""
+    kind, dtype = KINDS.get(job.dtype), DTYPES[job.dtype]
+    if not dtype.is_float:
+        return 0.0
+    if kind is None:
+        import torch
+
+        lane.tensors()
+        return checked_square(torch.from_numpy(raw_T).view(dtype.torch), job, allow_nan, blame)
+
+    from yeam.stored import square, widen
+
+    T = len(raw_T) // dtype.itemsize
+    found = square(raw_T.view(np.uint16), kind, T)
+
+    def values() -> Array:
+        x_T = np.empty(T, np.float32)
+        widen(raw_T.view(np.uint16), 0, kind, x_T, x_T.view(np.uint32))
+        return x_T
+
+    check_finite(found, values, job, allow_nan, blame)
+    return float(found)
 
 
 def shared(source: Extent | None, place: Extent | None) -> tuple[int, int]:

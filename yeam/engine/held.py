@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from yeam.checkpoint.base import Extent, claim
 from yeam.checkpoint.dtypes import DTYPES
+from yeam.compiled import Array
 from yeam.planning.jobs import Job, Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Held:
         raw.numpy()[offset : offset + data.nbytes] = np.frombuffer(data, dtype=np.uint8)
 
     def done(self, job: Job, checksum: str, facts: dict[str, Any]) -> None:
+        import torch
+
         assert self._plan is not None
         with self._lock:
             raw = self._writing.pop(job.name) if job.name in self._writing else _memory(job)  # it may have no elements
@@ -95,6 +99,9 @@ class Held:
         values_T = claim(buffer, stop - start, flat_T.dtype)
         return values_T.copy_(flat_T)
 
+    def read_into(self, name: str, start: int, stop: int, place: Array) -> bool:
+        return False
+
     def extent(self, name: str) -> Extent | None:
         return None
 
@@ -107,6 +114,8 @@ class Held:
 
 def _memory(job: Job) -> Tensor:
     """Bytes for the tensor; the engine's threads are in inference mode, whose tensors nobody else could make parameters of."""
+    import torch
+
     with torch.inference_mode(False):
         return torch.empty(job.nbytes, dtype=torch.uint8)
 

@@ -6,6 +6,8 @@ Legend: T elements of a tile.
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
 import threading
 import time
 from collections import deque
@@ -13,34 +15,39 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 import xxhash
-from torch import Tensor
 
 from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.dtypes import DTYPES
-from yeam.engine.checks import checked_square, culprit
+from yeam.compiled import KINDS, Values, array, is_compiled, tensor
+from yeam.engine.checks import check_finite, checked_square, culprit
 from yeam.engine.copying import copied
+from yeam.engine.device import CPU, Device
 from yeam.engine.downloads import Downloads
 from yeam.engine.dropbehind import DropBehind
 from yeam.engine.memory import anonymous_bytes, cores, keep_freed_memory, return_freed_memory
 from yeam.engine.output import Destination
 from yeam.engine.readahead import ReadAhead
-from yeam.engine.stage import CpuStage, free_bytes, stage_for
-from yeam.engine.stepdown import LEAST_TILE, stepping_down
-from yeam.engine.tiles import Cancelled, JobInputs, Lane, device_bytes, kept_bytes, tile_bytes
+from yeam.engine.stage import CpuStage, Wait, free_bytes, stage_for
+from yeam.engine.stepdown import LEAST_TILE, is_out_of_memory, stepping_down
+from yeam.engine.tiles import Cancelled, JobInputs, Lane, device_bytes, kept_bytes, stored_kind, tile_bytes
 from yeam.engine.totals import Pool, Totals
 from yeam.errors import UserError, YeamError
 from yeam.methods import method_named
 from yeam.planning.jobs import Input, Job, Plan
+
+if TYPE_CHECKING:
+    pass
 
 CPU_TILE = 1 << 18  # elements: large enough that calls into torch do not count, small enough for the caches
 MANY = 1 << 11  # tensors that one lane merges alone if they are small: several would wait for the interpreter
 SMALL = 1 << 16  # elements: of more on average they are not
 CUDA_TILE = 1 << 24  # as many elements where the device's free memory allows: more would not be faster
 CUDA_SHARE = 0.8  # of the free memory: the rest is for what methods allocate on the way
+TORCH = 144 << 20  # bytes that importing torch takes, and its first factorization
 WATCH = 0.2  # seconds between looks at the other processes
 AMPLE = 128 << 20  # bytes for a lane's tiles on the CPU: of many sources tiles are shorter, and memory does not grow
 
@@ -64,7 +71,7 @@ def run(
     checkpoints: Sequence[Checkpoint],
     output: Destination,
     *,
-    device: torch.device,
+    device: Device,
     memory: int,
     listener: Listener | None = None,
     tile: int | None = None,
@@ -98,10 +105,26 @@ def run(
     downloads = Downloads(plan.jobs, ordered, checkpoints)
     behind = DropBehind(plan, todo, checkpoints, output)
     threads = device.type == "cuda" or (lanes == 1 and not alone)
-    crew = _Crew(plan, checkpoints, output, device, lanes, threads, tile, keeps, most, downloads, behind, pool, memory)
     # sums and factorizations differ in their last bits with the number of threads, and no output may depend on the lanes
+    torch_threads = _TorchThreads(1 if device.type == "cpu" else max(1, cores() // lanes))
+    crew = _Crew(
+        plan,
+        checkpoints,
+        output,
+        device,
+        lanes,
+        threads,
+        tile,
+        keeps,
+        most,
+        downloads,
+        behind,
+        pool,
+        memory,
+        torch_threads,
+    )
     with (
-        _intra_op_threads(1 if device.type == "cpu" else max(1, cores() // lanes)),
+        torch_threads,
         downloads,
         behind,
         ReadAhead(checkpoints) as ahead,
@@ -120,12 +143,12 @@ def run(
     return time.monotonic() - started
 
 
-def tile_for(plan: Plan, checkpoints: Sequence[Checkpoint], device: torch.device, memory: int) -> int:
+def tile_for(plan: Plan, checkpoints: Sequence[Checkpoint], device: Device, memory: int) -> int:
     """The elements of the plan's tiles, whatever part of it is to be done. Raises UserError where a job cannot fit into `memory`."""
     return _lanes(plan.jobs, checkpoints, device, memory)[1]
 
 
-def check_memory(plan: Plan, checkpoints: Sequence[Checkpoint], device: torch.device, memory: int) -> None:
+def check_memory(plan: Plan, checkpoints: Sequence[Checkpoint], device: Device, memory: int) -> None:
     """Raise UserError when a job of the plan cannot fit into `memory` bytes, as `run` would."""
     _lanes(plan.jobs, checkpoints, device, memory)
 
@@ -146,11 +169,25 @@ def costs_of(plan: Plan, checkpoints: Sequence[Checkpoint], memory: int) -> dict
     resident = max((job.resident for job in plan.jobs), default=0)
     tile = _ample_tile(plan.jobs, checkpoints)
     tiles = max((tile_bytes(job, checkpoints, tile) for job in plan.jobs), default=0)
-    lanes = _lane_count(plan.jobs, memory - anonymous_bytes(), tiles, resident, cores())
+    before = anonymous_bytes() + _to_import(plan.jobs, checkpoints)
+    lanes = _lane_count(plan.jobs, memory - before, tiles, resident, cores())
     most = max((job.resident + kept_bytes(job, checkpoints, tile) for job in plan.jobs), default=0)
-    least = anonymous_bytes() + lanes * (tiles + resident)
-    peak = max(least, min(anonymous_bytes() + lanes * (tiles + most), memory))
+    least = before + lanes * (tiles + resident)
+    peak = max(least, min(before + lanes * (tiles + most), memory))
     return {"read_bytes": sum(by_role.values()), "read_by_role": by_role, "peak_memory": peak}
+
+
+def _to_import(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> int:
+    """Bytes that torch will take where it is not there yet and a job needs it."""
+    return TORCH if "torch" not in sys.modules and any(_needs_torch(job, checkpoints) for job in jobs) else 0
+
+
+def _needs_torch(job: Job, checkpoints: Sequence[Checkpoint]) -> bool:
+    if any(checkpoints[i.model].extent(i.tensor) is None for i in job.reads):
+        return True  # its values are computed, or about to be fetched by who knows whom
+    if job.method == "copy":
+        return DTYPES[job.dtype].is_float and job.dtype not in KINDS
+    return method_named(job.method).tensors or job.exact or stored_kind(job, job, checkpoints) is None
 
 
 def _is_streamed(checkpoints: Sequence[Checkpoint], source: Input) -> bool:
@@ -158,11 +195,11 @@ def _is_streamed(checkpoints: Sequence[Checkpoint], source: Input) -> bool:
 
 
 def _lanes(
-    todo: Sequence[Job], checkpoints: Sequence[Checkpoint], device: torch.device, memory: int
+    todo: Sequence[Job], checkpoints: Sequence[Checkpoint], device: Device, memory: int
 ) -> tuple[int, int, int, int]:
     """How many jobs run at a time; the elements of a tile, fewer than usual where many sources would not fit; the bytes that each may keep
     of what it reads; and the most that it keeps and its method holds."""
-    available = memory - anonymous_bytes()
+    available = memory - anonymous_bytes() - _to_import(todo, checkpoints)
     tile = _ample_tile(todo, checkpoints) if device.type == "cpu" else _device_tile(todo, checkpoints, device)
     largest = max(todo, key=lambda job: job.resident, default=None)
     if largest is None:
@@ -196,7 +233,7 @@ def _ample_tile(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> int:
     return tile
 
 
-def _device_tile(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint], device: torch.device) -> int:
+def _device_tile(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint], device: Device) -> int:
     """Elements of a tile on a device with memory of its own; jobs that do not fit there at all do not count."""
     room = CUDA_SHARE * free_bytes(device)
     tile = CUDA_TILE
@@ -224,7 +261,7 @@ class _Crew:
         plan: Plan,
         checkpoints: Sequence[Checkpoint],
         output: Destination,
-        device: torch.device,
+        device: Device,
         lanes: int,
         threads: bool,
         tile: int,
@@ -234,8 +271,10 @@ class _Crew:
         behind: DropBehind,
         pool: Pool | None,
         memory: int,
+        torch_threads: _TorchThreads,
     ) -> None:
         self._memory = memory
+        self._torch_threads = torch_threads
         self._downloads = downloads
         self._behind = behind
         self._plan = plan
@@ -246,7 +285,16 @@ class _Crew:
         self._results: SimpleQueue[Job | BaseException] = SimpleQueue()
         spare = self._on_the_cpu if device.type == "cuda" else None
         self._lanes = [
-            Lane(stage_for(device), tile, self._halt, threads=threads, keeps=keeps, most=most, spare=spare)
+            Lane(
+                stage_for(device),
+                tile,
+                self._halt,
+                threads=threads,
+                keeps=keeps,
+                most=most,
+                spare=spare,
+                set_up=torch_threads.set_up,
+            )
             for _ in range(lanes)
         ]
         self._spare: Lane | None = None
@@ -254,11 +302,8 @@ class _Crew:
         self._taking = threading.Lock()
 
     def start(self, todo: deque[Job], ahead: ReadAhead) -> None:
-        threads = torch.get_num_threads()
         for number, lane in enumerate(self._lanes):
-            for helper in (lane.reader, lane.writer):
-                helper.submit(torch.set_num_threads, threads)  # the setting belongs to the thread
-            thread = threading.Thread(target=self._work, args=(lane, todo, ahead, threads), name=f"yeam-lane-{number}")
+            thread = threading.Thread(target=self._work, args=(lane, todo, ahead), name=f"yeam-lane-{number}")
             thread.start()
             self._threads.append(thread)
 
@@ -285,16 +330,16 @@ class _Crew:
 
     def _on_the_cpu(self, job: Job) -> Lane:
         """A lane for a job that does not fit on the device. Raises UserError where it does not fit into the memory either."""
-        _, tile, *_ = _lanes([job], self._checkpoints, torch.device("cpu"), self._memory)
+        _, tile, *_ = _lanes([job], self._checkpoints, CPU, self._memory)
         if self._spare is None:  # there is one lane on CUDA, so nobody else makes it at the same time
-            self._spare = Lane(CpuStage(), tile, self._halt, threads=True)
+            self._spare = Lane(CpuStage(), tile, self._halt, threads=True, set_up=self._torch_threads.set_up)
         self._spare.tile_elements = tile
+        self._spare.settings = self._lanes[0].settings
         return self._spare
 
-    def _work(self, lane: Lane, todo: deque[Job], ahead: ReadAhead, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def _work(self, lane: Lane, todo: deque[Job], ahead: ReadAhead) -> None:
         try:
-            with torch.inference_mode():
+            with lane.settings:
                 while not self._halt.is_set():
                     with self._taking:
                         if not todo:
@@ -337,8 +382,9 @@ class _Crew:
             with contextlib.closing(tiles):  # type: ignore[type-var]
                 for tile_T in tiles:
                     sink.put(tile_T)
-        except torch.OutOfMemoryError:
-            sink.settle()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                sink.settle()
             raise
         checksum, facts = sink.end()
         if inputs.facts:
@@ -360,26 +406,40 @@ class _Sink:
         self._writing: list[Future[None] | None] = [None, None]
         self._job = job
         self._blame = blame
-        self._dtype = DTYPES[job.dtype].torch
+        self._dtype = DTYPES[job.dtype]
+        self._kind = KINDS.get(job.dtype)
         self._digest = xxhash.xxh3_128()
         self._at = 0
         self._square = 0.0
         self._slot = 0
 
-    def put(self, tile_T: Tensor) -> None:
+    def put(self, tile_T: Values) -> None:
         """The next elements of the output, in order."""
-        job, at = self._job, self._at
-        self._at += tile_T.numel()
-        self._square += checked_square(tile_T, job, self._allow_nan, lambda: self._blame(at, at + tile_T.numel()))
+        job, at, T = self._job, self._at, math.prod(tile_T.shape)
+        self._at += T
+
+        def blame() -> YeamError:
+            return self._blame(at, at + T)
+
         if (writing := self._writing[self._slot]) is not None:
             writing.result()
-        nbytes = tile_T.numel() * self._dtype.itemsize
-        buffer = self._lane.buffer(("write", self._slot), nbytes)
-        wait = self._lane.stage.download(tile_T, buffer.view(self._dtype))
+        buffer = self._lane.buffer(("write", self._slot), T * self._dtype.itemsize)
+        wait: Wait | None = None
+        if self._kind is not None and is_compiled(tile_T):
+            from yeam.stored import narrow
+
+            x_T = np.ascontiguousarray(array(tile_T)).reshape(-1)
+            square = narrow(x_T, self._kind, buffer.view(np.uint16))
+            check_finite(square, lambda: x_T, job, self._allow_nan, blame)
+            self._square += square
+        else:
+            self._square += checked_square(tensor(tile_T), job, self._allow_nan, blame)
+            wait = self._lane.stage.download(tensor(tile_T), tensor(buffer).view(self._dtype.torch))
 
         def write(digest: Any = self._digest) -> None:
-            wait()
-            data = buffer.numpy().data
+            if wait is not None:
+                wait()
+            data = buffer.data
             digest.update(data)
             self._output.write(job, at * self._dtype.itemsize, data)
 
@@ -401,15 +461,41 @@ class _Sink:
                 f"{self._job.name}: method {self._job.method} gave {self._at} of {self._job.numel} values",
                 "this is a defect of the method: a Whole method yields every element once, in order",
             )
-        facts = {"norm": self._square**0.5} if self._dtype.is_floating_point else {}
+        facts = {"norm": self._square**0.5} if self._dtype.is_float else {}
         return self._digest.hexdigest(), facts
 
 
-@contextlib.contextmanager
-def _intra_op_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+class _TorchThreads:
+    """The number of threads inside torch's operations: `count` in the lanes, once they use it, and afterwards what it was."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._before: int | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if "torch" in sys.modules:
+            self._note()
+
+    def set_up(self, lane: Lane) -> None:
+        """For the lane's thread and those that read and write for it; they record nothing for gradients."""
+        import torch
+
+        with self._lock:
+            if self._before is None:
+                self._note()
+        for helper in (lane.reader, lane.writer):
+            helper.submit(torch.set_num_threads, self._count)  # the setting belongs to the thread
+        torch.set_num_threads(self._count)
+        lane.settings.enter_context(torch.inference_mode())
+
+    def _note(self) -> None:
+        import torch
+
+        self._before = torch.get_num_threads()
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            import torch
+
+            torch.set_num_threads(self._before)

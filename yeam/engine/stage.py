@@ -3,20 +3,28 @@
 On the CPU a buffer is plain memory and both directions are a conversion. On CUDA buffers are pinned, uploads and downloads run on
 copy streams of their own, and an event guards every buffer until its copy is over.
 
+Host memory is an array, so that work which compiled loops do alone needs no torch; it is imported where a tensor is made.
+
 Legend: T elements of a tile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from yeam.errors import UserError
+from yeam.compiled import Array
+from yeam.engine.device import CPU, Device
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Wait = Callable[[], None]
+
+LINE = 64  # bytes: host memory begins at a multiple of these, where every type may lie
 
 
 def _nothing() -> None:
@@ -27,15 +35,13 @@ class CpuStage:
     """The device is the host."""
 
     def __init__(self) -> None:
-        self.device = torch.device("cpu")
+        self.device = CPU
 
-    def buffer(self, nbytes: int) -> Tensor:
-        """A uint8 tensor in host memory to read into or write from."""
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    def memory(self, nbytes: int) -> Tensor:
-        """A uint8 tensor in the device's memory. Raises torch.OutOfMemoryError where CUDA has too little."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+    def buffer(self, nbytes: int) -> Array:
+        """A uint8 array in host memory to read into or write from."""
+        memory = np.empty(nbytes + LINE, np.uint8)
+        start = -memory.ctypes.data % LINE
+        return memory[start : start + nbytes]
 
     def release(self) -> None:
         """Give memory that nobody refers to any more back to the device."""
@@ -61,17 +67,25 @@ class CudaStage:
     `empty_cache`.
     """
 
-    def __init__(self, device: torch.device, api: Any = torch.cuda) -> None:
+    def __init__(self, device: torch.device, api: Any = None) -> None:
+        import torch
+
         self.device = device
-        self._api = api
-        self._inward = api.Stream(device=device)
-        self._outward = api.Stream(device=device)
+        self._api = torch.cuda if api is None else api
+        self._inward = self._api.Stream(device=device)
+        self._outward = self._api.Stream(device=device)
         self._pin = device.type == "cuda"
 
-    def buffer(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pin)
+    def buffer(self, nbytes: int) -> Array:
+        import torch
+
+        found: Array = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pin).numpy()  # which keeps it alive
+        return found
 
     def memory(self, nbytes: int) -> Tensor:
+        """A uint8 tensor in the device's memory. Raises torch.OutOfMemoryError where there is too little."""
+        import torch
+
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def release(self) -> None:
@@ -110,26 +124,17 @@ class CudaStage:
 Stage = CpuStage | CudaStage
 
 
-def stage_for(device: torch.device) -> Stage:
+def stage_for(device: Device) -> Stage:
     """The stage of a device: CUDA with its streams, the CPU otherwise."""
-    return CudaStage(device) if device.type == "cuda" else CpuStage()
+    if device.type != "cuda":
+        return CpuStage()
+    import torch
+
+    return CudaStage(torch.device(str(device)))
 
 
-def free_bytes(device: torch.device) -> int:
+def free_bytes(device: Device) -> int:
     """Memory of a CUDA device that nobody uses now, in bytes."""
-    return int(torch.cuda.mem_get_info(device)[0])
+    import torch
 
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises UserError for a device that does not exist here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"unknown device {name!r}", "use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is not supported", "use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"there is no device {name!r} here", "use --device cpu, or install a CUDA build of torch")
-    return device
+    return int(torch.cuda.mem_get_info(torch.device(str(device)))[0])

@@ -18,15 +18,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from yeam.checkpoint import Checkpoint, Extent, open_checkpoint
 from yeam.checkpoint.base import claim
 from yeam.checkpoint.dtypes import DTYPES
+from yeam.compiled import Array, Values, tensor
 from yeam.engine.checks import checked_square, culprit
+from yeam.engine.device import Device
 from yeam.engine.output import STAGES, Output
 from yeam.engine.ranks import Alone, Ranks
 from yeam.engine.run import Listener, Progress, check_memory
@@ -39,6 +38,9 @@ from yeam.methods import method_named
 from yeam.methods.inputs import StoredTile, Tile
 from yeam.planning.jobs import Job, Plan, index_json
 from yeam.planning.stages import Pipeline, StageCheckpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STREAM_TILE = 1 << 17  # elements computed together: all inputs of a tile stay in the processor's cache
 MEMORY = 1 << 20  # elements of a shared intermediate that a thread remembers: a whole tile of what reads it
@@ -59,6 +61,8 @@ class Streamed:
         self._local = _Local()
 
     def read(self, name: str, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
+        import torch
+
         job = self._jobs[name]
         values_T = claim(buffer, stop - start, DTYPES[job.dtype].torch)
         step = tile_step(job, self._checkpoints, STREAM_TILE)
@@ -69,6 +73,9 @@ class Streamed:
             for begin, end in pairwise(bounds):
                 self._fill(job, begin, end, values_T[begin - start : end - start])
         return values_T
+
+    def read_into(self, name: str, start: int, stop: int, place: Array) -> bool:
+        return False
 
     def extent(self, name: str) -> Extent | None:
         return None
@@ -98,11 +105,11 @@ class Streamed:
         inputs = _Range(job, self._checkpoints, self._local.lane, begin, end, self._totals)
         at = 0
         if job.method == "copy":
-            tiles: Iterator[Tensor] = (tile.sources_KT[0] for tile in inputs.tiles())
+            tiles: Iterator[Values] = (tile.sources_KT[0] for tile in inputs.tiles())
         else:
             tiles = method_named(job.method).run(inputs, job.parameters)
         with contextlib.closing(tiles):  # type: ignore[type-var]
-            for tile_T in tiles:
+            for tile_T in map(tensor, tiles):
                 first, last = begin + at, begin + at + tile_T.numel()
                 checked_square(
                     tile_T,
@@ -163,7 +170,7 @@ def make_stages(
     output: Output | RankOutput,
     ranks: Alone | Ranks,
     *,
-    device: torch.device,
+    device: Device,
     memory: int,
     listener: Listener | None = None,
 ) -> tuple[StagesMade, Listener | None]:

@@ -5,10 +5,9 @@ A tensor is tried again from its beginning: the ranges of the output are simply 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TypeVar
-
-import torch
 
 from yeam.engine.tiles import Lane
 from yeam.planning.jobs import Job
@@ -16,6 +15,15 @@ from yeam.planning.jobs import Job
 LEAST_TILE = 1 << 16
 
 T = TypeVar("T")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a device has too little memory."""
+    if "torch" not in sys.modules:
+        return False
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 def stepping_down(job: Job, lane: Lane, attempt: Callable[[Lane], T]) -> T:
@@ -28,8 +36,8 @@ def stepping_down(job: Job, lane: Lane, attempt: Callable[[Lane], T]) -> T:
     while True:
         try:
             return attempt(used)
-        except torch.OutOfMemoryError:
-            if used.spare is None:
+        except RuntimeError as error:
+            if used.spare is None or not is_out_of_memory(error):
                 raise
         # only here, where no traceback refers to the attempt's tensors any more
         lane.release()

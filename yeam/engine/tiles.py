@@ -1,5 +1,7 @@
 """The tiles of one job: read ahead on a thread, converted to the working dtype on the device, served to the method.
 
+torch is imported when a job first asks for a tensor, not before: it takes a second, which loops over stored words do without.
+
 Legend: K sources, T elements of a tile.
 """
 
@@ -12,20 +14,23 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from yeam.checkpoint.base import Checkpoint
-from yeam.checkpoint.dtypes import DTYPES
-from yeam.compiled import KINDS, words
+from yeam.checkpoint.dtypes import DTYPES, DType
+from yeam.compiled import KINDS, Array, tensor
 from yeam.engine.stage import CpuStage, Stage, Wait
 from yeam.methods import method_named
 from yeam.methods.inputs import Inputs, StoredTile, Tile
 from yeam.planning.jobs import Companion, Input, Job
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from yeam.engine.totals import Totals
 
 BYTES = 64  # every input's part of a read buffer begins at a multiple of these
@@ -52,6 +57,10 @@ class Inline(Executor):
         return future
 
 
+def _nothing(lane: Lane) -> None:
+    """The thread's settings are the caller's."""
+
+
 class Lane:
     """What one worker owns: a stage, buffers that all its jobs use again, and threads that read and write for it.
 
@@ -59,7 +68,7 @@ class Lane:
     hides (a third of the time of a linear merge on two cores): then `threads` is False and a lane does all three itself.
     `keeps`: bytes of what was read of a tensor that may stay for the next pass over it; `most`: bytes of that and of what methods hold,
     together. `spare` gives a lane on the CPU for a job that does not fit on the device, `stepped_down` says that something did not (see
-    `yeam.engine.stepdown`).
+    `yeam.engine.stepdown`). `set_up` is called once, before tensors are first used.
     """
 
     def __init__(
@@ -72,46 +81,67 @@ class Lane:
         keeps: int = 0,
         most: int = 0,
         spare: Callable[[Job], Lane] | None = None,
+        set_up: Callable[[Lane], None] = _nothing,
     ) -> None:
         self.stage = stage
         self.keeps, self.most = keeps, most
         self.keeper: object = None  # whose bytes are kept
         self.spare = spare
+        self.set_up, self._set_up = set_up, False
+        self.settings = contextlib.ExitStack()  # what `set_up` has changed for the thread, until it ends
         self.stepped_down: dict[str, Any] = {}
         self.tile_elements = tile_elements
         self.stop = stop
         self.reader: Executor = ThreadPoolExecutor(1, "yeam-read") if threads else Inline()
         self.writer: Executor = ThreadPoolExecutor(1, "yeam-write") if threads else Inline()
         self.ahead = AHEAD if threads else 0
-        self._buffers: dict[Any, Tensor] = {}
+        self._buffers: dict[Any, Array] = {}
+        self._memory: dict[Any, Tensor] = {}
 
-    def buffer(self, key: Any, nbytes: int) -> Tensor:
-        """A host buffer of at least `nbytes`, the same one for the same key."""
+    def buffer(self, key: Any, nbytes: int) -> Array:
+        """A host buffer of at least `nbytes`, uint8, the same one for the same key."""
         known = self._buffers.get(key)
-        if known is None or known.numel() < nbytes:
+        if known is None or known.nbytes < nbytes:
             known = self._buffers[key] = self.stage.buffer(nbytes)
         return known[:nbytes]
 
     def work(self, key: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Device memory of that shape and dtype, the same for the same key."""
         nbytes = math.prod(shape) * dtype.itemsize
-        known = self._buffers.get(key)
+        if isinstance(self.stage, CpuStage):
+            return tensor(self.buffer(key, nbytes)).view(dtype).view(shape)
+        known = self._memory.get(key)
         if known is None or known.numel() < nbytes:
-            known = self._buffers[key] = self.stage.memory(nbytes)
+            known = self._memory[key] = self.stage.memory(nbytes)
         return known[:nbytes].view(dtype).view(shape)
+
+    def tensors(self) -> None:
+        """To be called on the lane's thread before it computes with tensors: torch is there and set up for this thread."""
+        if not self._set_up:
+            self._set_up = True
+            self.set_up(self)
 
     def make_room(self, held: int, kept: int) -> None:
         """Let go of what other jobs held or kept where that and what this one will would be more than there may be."""
-        blocks = {HELD: held, KEEP: kept}
-        sizes = {key: self._buffers[key].numel() if key in self._buffers else 0 for key in blocks}
-        if sum(max(sizes[key], nbytes) for key, nbytes in blocks.items()) > self.most:
-            for key, nbytes in blocks.items():
-                if sizes[key] > nbytes:
-                    del self._buffers[key]
+        held_now, kept_now = self.sizes
+        if max(held_now, held) + max(kept_now, kept) > self.most:
+            if held_now > held:
+                self._buffers.pop(HELD, None)
+                self._memory.pop(HELD, None)
+            if kept_now > kept:
+                del self._buffers[KEEP]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the blocks for what a method holds and for what is kept."""
+        held = self._memory[HELD].numel() if HELD in self._memory else 0
+        here = {key: self._buffers[key].nbytes if key in self._buffers else 0 for key in (HELD, KEEP)}
+        return max(held, here[HELD]), here[KEEP]
 
     def release(self) -> None:
         """Let go of all buffers, so that the next ones may be smaller."""
         self._buffers.clear()
+        self._memory.clear()
         self.keeper = None
         self.stage.release()
 
@@ -121,6 +151,7 @@ class Lane:
         self.writer.shutdown(wait=True, cancel_futures=True)
         self.keeper = None
         self._buffers.clear()
+        self._memory.clear()
 
 
 class JobInputs:
@@ -138,12 +169,10 @@ class JobInputs:
         self._job, self._totals = job, totals
         self._key = "" if companion is None else companion[0]
         self._own: Job | Companion = job if companion is None else companion[1]
-        self.name, self.role = job.name, job.role
+        self.name, self.role, self.work = job.name, job.role, job.work
         self.shape = self._own.shape
         self.K = len(self._own.sources)
         self.has_base = self._own.base is not None
-        self.device = lane.stage.device
-        self.dtype = DTYPES[job.work].torch
         stored = [checkpoints[source.model].tensors[source.tensor].storage for source in self._own.sources]
         self.rounding = tuple(dtype.rounding for dtype in stored)
         self.exact = job.exact or DTYPES[job.work].itemsize < 4
@@ -164,6 +193,21 @@ class JobInputs:
         if companion is None:
             lane.make_room(job.resident, lane.keeps if self._keeps else 0)
 
+    def tensors(self) -> None:
+        self._lane.tensors()
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        self.tensors()
+        return torch.device(str(self._lane.stage.device))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        self.tensors()
+        return DTYPES[self.work].torch
+
     def over_model(self, measure: Callable[[Inputs], Sequence[float]]) -> list[float]:
         return self._totals.of(self._job, measure, self._lane)
 
@@ -173,17 +217,27 @@ class JobInputs:
     def hold(self, *shape: int) -> Tensor:
         return self._lane.work((HELD[0], self._key), shape, self.dtype)
 
+    def hold_array(self, *shape: int) -> Array:
+        nbytes = 4 * math.prod(shape)
+        return self._lane.buffer((HELD[0], self._key), nbytes).view(np.float32).reshape(shape)
+
     def tiles(
         self, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1
     ) -> Iterator[Tile]:
-        inputs = self._chosen(base_only)
+        import torch
+
+        inputs, dtype = self._chosen(base_only), self.dtype
         with contextlib.closing(self._parts(inputs, start, stop, self._in_units(self._step, unit))) as parts:
             for part in parts:
                 T = part.stop - part.start
-                sources_KT = self._lane.work(("sources", self._key), (len(inputs) - self.has_base, T), self.dtype)
-                base_T = self._lane.work(("base", self._key), (T,), self.dtype) if self.has_base else None
+                sources_KT = self._lane.work(("sources", self._key), (len(inputs) - self.has_base, T), dtype)
+                base_T = self._lane.work(("base", self._key), (T,), dtype) if self.has_base else None
                 targets = [*sources_KT.unbind(0), *([base_T] if base_T is not None else [])]
-                part.waits += [self._lane.stage.upload(raw_T, out_T) for raw_T, out_T in zip(part.raw, targets)]
+                raw = [
+                    torch.from_numpy(place).view(self._storage(source).torch)[:T]
+                    for source, place in zip(inputs, part.places)
+                ]
+                part.waits += [self._lane.stage.upload(raw_T, out_T) for raw_T, out_T in zip(raw, targets)]
                 yield Tile(part.start, part.stop, sources_KT, base_T)
 
     def stored_tiles(
@@ -208,22 +262,16 @@ class JobInputs:
     @property
     def _kind(self) -> int | None:
         """Of `yeam.stored`, where all inputs are of one that its loops know, and the loops are wanted."""
-        if not isinstance(self._lane.stage, CpuStage) or self.exact or self.dtype != torch.float32:
+        if not isinstance(self._lane.stage, CpuStage) or self.exact:
             return None
-        found = {self._checkpoints[source.model].tensors[source.tensor].dtype for source in self._own.inputs}
-        return KINDS.get(found.pop()) if len(found) == 1 else None
+        return stored_kind(self._job, self._own, self._checkpoints)
 
     def _stored(
         self, kind: int, inputs: tuple[Input, ...], start: int, stop: int | None, step: int
     ) -> Iterator[StoredTile]:
-        itemsize = self._itemsize(inputs[0])
         with contextlib.closing(self._parts(inputs, start, stop, step)) as parts:
             for part in parts:
-                for raw_T, place in zip(part.raw, part.places):
-                    if raw_T.data_ptr() != place.data_ptr():  # computed, and not into the buffer
-                        place[: raw_T.numel() * itemsize].view(raw_T.dtype).copy_(raw_T)
-                word_VS = words(part.block.view(len(inputs), -1))
-                yield StoredTile(part.start, part.stop, word_VS, kind)
+                yield StoredTile(part.start, part.stop, part.block.view(np.uint16).reshape(len(inputs), -1), kind)
 
     def _parts(
         self, inputs: tuple[Input, ...], start: int, stop: int | None, step: int
@@ -261,21 +309,25 @@ class JobInputs:
         if known is not None:
             rest = -len(inputs)  # all, or the base, which is the last
             start = sum(map(len, known.places[:rest]))
-            return _Part(begin, end, known.block[start:], known.places[rest:], known.raw[rest:], [])
-        sizes = [-(-(end - begin) * self._itemsize(source) // BYTES) * BYTES for source in inputs]
+            return _Part(begin, end, known.block[start:], known.places[rest:], [])
+        sizes = [-(-(end - begin) * self._storage(source).itemsize // BYTES) * BYTES for source in inputs]
         kept = self._keep(sum(sizes)) if whole and self._keeps else None
         block = self._lane.buffer(("read", self._key, slot), sum(sizes)) if kept is None else kept
-        places = list(torch.split(block, sizes))
-        raw = [
-            self._checkpoints[source.model].read(source.tensor, begin, end, place)
-            for source, place in zip(inputs, places)
-        ]
-        part = _Part(begin, end, block, places, raw, [])
-        if kept is not None and all(raw_T.data_ptr() == place.data_ptr() for raw_T, place in zip(raw, places)):
+        places = [block[stop - size : stop] for stop, size in zip(accumulate(sizes), sizes)]
+        for source, place in zip(inputs, places):
+            self._fill(source, begin, end, place)
+        part = _Part(begin, end, block, places, [])
+        if kept is not None:
             self._kept[begin, end] = part
         return part
 
-    def _keep(self, nbytes: int) -> Tensor | None:
+    def _fill(self, source: Input, begin: int, end: int, place: Array) -> None:
+        checkpoint = self._checkpoints[source.model]
+        if not checkpoint.read_into(source.tensor, begin, end, place):
+            self._lane.tensors()
+            read_values(checkpoint, source.tensor, begin, end, place)
+
+    def _keep(self, nbytes: int) -> Array | None:
         """Memory for what is to be there in the next pass, None where there is no more."""
         lane = self._lane
         if lane.keeper is not self:
@@ -293,21 +345,35 @@ class JobInputs:
         busy[slot] = part.waits
         return part
 
-    def _itemsize(self, source: Input) -> int:
-        return self._checkpoints[source.model].tensors[source.tensor].storage.itemsize
+    def _storage(self, source: Input) -> DType:
+        return self._checkpoints[source.model].tensors[source.tensor].storage
 
 
 @dataclass
 class _Part:
-    """Elements [start, stop) of every input as read: `raw` [T] each in its storage type, usually at its place in the one block of
-    memory; whoever still reads from there after the next part is asked for adds to `waits`."""
+    """Elements [start, stop) of every input as stored, each at its place in the one block of memory (uint8); whoever still reads from
+    there after the next part is asked for adds to `waits`."""
 
     start: int
     stop: int
-    block: Tensor
-    places: list[Tensor]
-    raw: list[Tensor]
+    block: Array
+    places: list[Array]
     waits: list[Wait]
+
+
+def read_values(checkpoint: Checkpoint, name: str, start: int, stop: int, place: Array) -> None:
+    """Elements [start, stop), which are not simply read, into `place` (uint8)."""
+    import torch
+
+    raw_T = checkpoint.read(name, start, stop, torch.from_numpy(place))
+    if raw_T.data_ptr() != place.ctypes.data:
+        torch.from_numpy(place)[: raw_T.numel() * raw_T.dtype.itemsize].view(raw_T.dtype).copy_(raw_T)
+
+
+def stored_kind(job: Job, own: Job | Companion, checkpoints: Sequence[Checkpoint]) -> int | None:
+    """How `yeam.stored` knows the storage type of all inputs, where it serves: one type, and work in float32."""
+    found = {checkpoints[source.model].tensors[source.tensor].dtype for source in own.inputs}
+    return KINDS.get(found.pop()) if len(found) == 1 and job.work == "F32" else None
 
 
 def tile_step(job: Job | Companion, checkpoints: Sequence[Checkpoint], tile_elements: int) -> int:

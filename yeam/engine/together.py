@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from yeam.checkpoint.base import Checkpoint
+from yeam.engine.device import Device
 from yeam.engine.journal import Journal
 from yeam.engine.output import LOCK, RANK_JOURNAL, Filling, Output
 from yeam.engine.ranks import Alone, Ranks
@@ -89,7 +88,7 @@ def run_together(
     output: Output | RankOutput,
     ranks: Alone | Ranks,
     *,
-    device: torch.device,
+    device: Device,
     memory: int,
     listener: Listener | None = None,
 ) -> float:

@@ -95,9 +95,9 @@ def place(sources: Sequence[Source], dtype: str, device: str, memory: int | None
     """
     import torch
 
-    from yeam.engine.stage import choose_device
+    from yeam.engine.device import choose_device
 
-    chosen = choose_device(device)
+    chosen = torch.device(str(choose_device(device)))
     dtypes = [_dtype(dtype, source, chosen) for source in sources]
     sizes = [sum(info.numel for info in source.weights) * d.itemsize for source, d in zip(sources, dtypes)]
     host = int(available_bytes() * _SHARE)

@@ -16,9 +16,14 @@ All sums are kept in float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from yeam.compiled import Array, Values
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REACH, REGION = 1.4, 0.13  # chosen on four families; the README tells how
 LEAST_PROGRESS = 1e-3
@@ -26,24 +31,24 @@ LEAST_PROGRESS = 1e-3
 
 @dataclass
 class Moments:
-    """Sums over the tiles of one tensor: gram_KK = ⟨V_k, V_l⟩, along_K = ⟨V_k, x_rays⟩, squares_2 = ‖base‖², ‖x_rays‖² (float64,
-    on the CPU)."""
+    """Sums over the tiles of one tensor: gram_KK = ⟨V_k, V_l⟩, along_K = ⟨V_k, x_rays⟩, squares_2 = ‖base‖², ‖x_rays‖² (arrays of
+    float64)."""
 
-    gram_KK: Tensor
-    along_K: Tensor
-    squares_2: Tensor
+    gram_KK: Array
+    along_K: Array
+    squares_2: Array
 
     @classmethod
     def of(cls, K: int) -> Moments:
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in ((K, K), (K,), (2,))))
+        return cls(np.zeros((K, K)), np.zeros(K), np.zeros(2))
 
     def add(self, delta_KT: Tensor, base_T: Tensor | None, point_T: Tensor) -> None:
         """Add one tile: the updates [K, T], the base [T] where there is one, and the rays' point [T]."""
-        self.gram_KK += (delta_KT @ delta_KT.T).double().cpu()
-        self.along_K += (delta_KT @ point_T).double().cpu()
+        self.gram_KK += (delta_KT @ delta_KT.T).double().cpu().numpy()
+        self.along_K += (delta_KT @ point_T).double().cpu().numpy()
         if base_T is not None:
-            self.squares_2[0] += float(torch.dot(base_T, base_T))
-        self.squares_2[1] += float(torch.dot(point_T, point_T))
+            self.squares_2[0] += float(base_T.dot(base_T))
+        self.squares_2[1] += float(point_T.dot(point_T))
 
     @property
     def base_square(self) -> float:
@@ -54,8 +59,9 @@ class Moments:
         return float(self.squares_2[1])
 
     @property
-    def norms_K(self) -> Tensor:
-        return self.gram_KK.diagonal().clamp(min=0).sqrt()
+    def norms_K(self) -> Array:
+        found: Array = np.sqrt(self.gram_KK.diagonal().clip(min=0))
+        return found
 
     @property
     def mean_norm(self) -> float:
@@ -69,7 +75,7 @@ class Moments:
         return max(0.0, self.point_square - along**2 / total) if total > 0 else self.point_square
 
 
-def agreement(gram_KK: Tensor) -> float:
+def agreement(gram_KK: Values) -> float:
     """0 for unrelated updates, 1 for equal ones and for a single one.
 
     clip((K·A − 1)/(K − 1), 0, 1) with A = ‖Σ V_k‖² / (K Σ ‖V_k‖²), from the Gram matrix [K, K] of the updates.
@@ -83,7 +89,7 @@ def agreement(gram_KK: Tensor) -> float:
     return min(1.0, max(0.0, (float(gram_KK.sum()) / total - 1) / (K - 1)))
 
 
-def progress_along(along_K: Tensor, gram_KK: Tensor) -> float:
+def progress_along(along_K: Values, gram_KK: Values) -> float:
     """p = Σ_k ⟨X̂, V_k⟩ / Σ_k ‖V_k‖²: the share of their own progress that the sources find in X̂; 0 where nothing moves.
 
     along_K: ⟨X̂, V_k⟩ [K]; gram_KK: Gram matrix of the updates [K, K].

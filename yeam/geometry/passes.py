@@ -8,18 +8,17 @@ Legend: K sources, T elements of a tile.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from yeam.compiled import KINDS, is_compiled, words
+from yeam.compiled import KINDS, Array, Values, array, is_compiled, tensor, words
 from yeam.geometry.length import Moments
-from yeam.geometry.rays import ray_point
 from yeam.methods.inputs import StoredTile, Tile
 
 if TYPE_CHECKING:
-    import numpy as np
+    from torch import Tensor
 
 
 def updates_(source_KT: Tensor, base_T: Tensor | None, weight: Sequence[float]) -> Tensor:
@@ -33,19 +32,20 @@ def updates_(source_KT: Tensor, base_T: Tensor | None, weight: Sequence[float]) 
 
 
 def resolve(
-    part: Tile | StoredTile, weight: Sequence[float], softness: float, moments: Moments, out_T: Tensor
-) -> Tensor:
+    part: Tile | StoredTile, weight: Sequence[float], softness: float, moments: Moments, out_T: Values
+) -> Values:
     """The point where the rays of the updates meet, in out_T [T], which is returned; `moments` take the tile in.
 
     part: of K ≥ 2 sources, contiguous, may be overwritten; weight: K numbers. Tiles that begin at multiples of 2,048
     give the same sums however long they are.
     """
     if isinstance(part, Tile) and not is_compiled(part.sources_KT):
-        delta_KT = updates_(part.sources_KT, part.base_T, weight)
-        ray_point(delta_KT, softness, out=out_T)
-        moments.add(delta_KT, part.base_T, out_T)
+        from yeam.geometry.rays import ray_point
+
+        delta_KT, point_T = updates_(part.sources_KT, part.base_T, weight), tensor(out_T)
+        ray_point(delta_KT, softness, out=point_T)
+        moments.add(delta_KT, part.base_T, point_T)
         return out_T
-    import numpy as np
 
     from yeam.geometry.kernels import ray_points
 
@@ -56,10 +56,10 @@ def resolve(
         len(word_VS) > len(weight),
         np.asarray(weight, np.float32),
         np.float32(1.0 + softness),
-        out_T.numpy(),
-        moments.gram_KK.numpy(),
-        moments.along_K.numpy(),
-        moments.squares_2.numpy(),
+        array(out_T),
+        moments.gram_KK,
+        moments.along_K,
+        moments.squares_2,
     )
     return out_T
 
@@ -68,24 +68,24 @@ class Along:
     """⟨V_k, X⟩ of every update and ‖X‖² of a point X, summed over tiles in float64."""
 
     def __init__(self, K: int) -> None:
-        self._sums = torch.zeros(K + 1, dtype=torch.float64)
+        self._sums = np.zeros(K + 1)
 
-    def add(self, part: Tile | StoredTile, weight: Sequence[float], point_T: Tensor) -> None:
-        """Add one tile, which may be overwritten; weight: K numbers."""
+    def add(self, part: Tile | StoredTile, weight: Sequence[float], values_T: Values) -> None:
+        """Add one tile, which may be overwritten, and the point [T] there; weight: K numbers."""
         if isinstance(part, Tile) and not is_compiled(part.sources_KT):
-            self._sums[:-1] += (updates_(part.sources_KT, part.base_T, weight) @ point_T).double().cpu()
-            self._sums[-1] += float(torch.dot(point_T, point_T))
+            point_T = tensor(values_T)
+            self._sums[:-1] += (updates_(part.sources_KT, part.base_T, weight) @ point_T).double().cpu().numpy()
+            self._sums[-1] += float(point_T.dot(point_T))
             return
-        import numpy as np
 
         from yeam.geometry.kernels import along
 
         word_VS, kind = _rows(part)
         weight_K = np.asarray(weight, np.float32)
-        along(word_VS, kind, len(word_VS) > len(weight), weight_K, point_T.numpy(), self._sums.numpy())
+        along(word_VS, kind, len(word_VS) > len(weight), weight_K, array(values_T), self._sums)
 
     @property
-    def sources_K(self) -> Tensor:
+    def sources_K(self) -> Array:
         return self._sums[:-1]
 
     @property
@@ -93,23 +93,31 @@ class Along:
         return float(self._sums[-1])
 
 
-def followed(part: Tile | StoredTile, point_T: Tensor, factor: float) -> Tensor:
+def followed(part: Tile | StoredTile, point_T: Values, factor: float) -> Values:
     """base + factor · point [T]; part: a tile of the base only, which may be overwritten."""
     if isinstance(part, Tile):
         assert part.base_T is not None
-        return part.base_T.add_(point_T, alpha=factor)
-    import numpy as np
+        return part.base_T.add_(tensor(point_T), alpha=factor)
 
     from yeam.stored import shift
 
-    out_T = torch.empty_like(point_T)
-    shift(part.word_VS[0], part.kind, point_T.numpy(), np.float32(factor), out_T.numpy())
+    out_T = np.empty(len(point_T), np.float32)
+    shift(part.word_VS[0], part.kind, array(point_T), np.float32(factor), out_T)
     return out_T
 
 
-def _rows(part: Tile | StoredTile) -> tuple[np.ndarray[Any, Any], int]:
+def base_of(part: Tile | StoredTile, K: int) -> Tile | StoredTile:
+    """A tile of K sources and a base as one of the base only."""
+    if isinstance(part, Tile):
+        return replace(part, sources_KT=part.sources_KT[:0])
+    return replace(part, word_VS=part.word_VS[K:])
+
+
+def _rows(part: Tile | StoredTile) -> tuple[Array, int]:
     """Sources and base as the compiled loops take them."""
     if isinstance(part, StoredTile):
         return part.word_VS, part.kind
+    import torch
+
     rows_VT = part.sources_KT if part.base_T is None else torch.cat([part.sources_KT, part.base_T[None]])
     return words(rows_VT), KINDS["F32"]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from yeam.compiled import clone
 from yeam.methods.inputs import Inputs
 from yeam.methods.mixing import merge_deltas
 from yeam.methods.registry import PerSource, Share, Whole, merge_method
@@ -16,10 +17,10 @@ from yeam.methods.selection import Cutter, largest
 from yeam.methods.statistics import Erase, Sparsifier
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from yeam.compiled import Values
 
 
-@merge_method("breadcrumbs", base="required", needs=Whole)
+@merge_method("breadcrumbs", base="required", needs=Whole, tensors=False)
 def breadcrumbs(
     inputs: Inputs,
     *,
@@ -30,7 +31,7 @@ def breadcrumbs(
     rescale: bool = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-) -> Iterator[Tensor]:
+) -> Iterator[Values]:
     """Weighted sum of updates without their outliers and their smallest entries (Davari and Belilovsky 2023).
 
     gamma: share of each tensor's entries that is dropped as too large, less where density leaves no room. density: share that
@@ -45,7 +46,7 @@ def breadcrumbs(
     )  # fmt: skip
 
 
-@merge_method("breadcrumbs_ties", base="required", needs=Whole)
+@merge_method("breadcrumbs_ties", base="required", needs=Whole, tensors=False)
 def breadcrumbs_ties(
     inputs: Inputs,
     *,
@@ -56,7 +57,7 @@ def breadcrumbs_ties(
     rescale: bool = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-) -> Iterator[Tensor]:
+) -> Iterator[Values]:
     """Updates without their outliers and their smallest entries, merged by the majority's sign.
 
     Parameters as those of `breadcrumbs`; the signs are resolved as `ties` does it.
@@ -84,15 +85,15 @@ def _between(inputs: Inputs, density: Sequence[float], gamma: Sequence[float]) -
     def begin() -> Erase:
         cutters = [(Cutter(outliers), Cutter(kept)) for outliers, kept in cuts]
 
-        def erase(delta_T: Tensor, k: int, start: int) -> None:
+        def erase(delta_T: Values, k: int, start: int) -> None:
             outliers, kept = cutters[k]
             if cuts[k][0].count == 0:
                 kept(delta_T)
                 return
-            outlier_T = delta_T.clone()
+            outlier_T = clone(delta_T)
             outliers(outlier_T)
             kept(delta_T)
-            delta_T.sub_(outlier_T)  # outliers are among what is kept: x - x, and x - 0 elsewhere
+            delta_T -= outlier_T  # outliers are among what is kept: x - x, and x - 0 elsewhere
 
         return erase
 

@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from yeam.compiled import is_compiled
-from yeam.methods.inputs import Inputs
+import numpy as np
+
+from yeam.checkpoint.dtypes import DTYPES
+from yeam.compiled import Values, array, is_compiled, tensor
+from yeam.methods.inputs import Inputs, is_stored
 from yeam.methods.random_bits import RandomBits, stream_key
 from yeam.methods.statistics import Erase
 
@@ -39,59 +42,69 @@ class Choices:
         inputs: Inputs,
         density: Sequence[float],
         seed: int,
-        bound: Callable[[Tensor, int], int | Tensor],
+        bound: Callable[[Values, int], int | Values],
         *,
         rescale: bool,
     ) -> None:
-        import torch
-
         self._density = density
         self._bound = bound
         self._keys = [stream_key(seed, inputs.name, k) for k in range(inputs.K)]
-        self._bits = RandomBits(inputs.device)
-        self._held: Tensor | None = None
+        self._bits = RandomBits(None if is_stored(inputs) else inputs.device)
+        self._held: Values | None = None
         self._noted = False
         if nbytes := held_bytes(inputs.shape, inputs.K, rescale):
-            block = inputs.hold(math.ceil(nbytes / inputs.dtype.itemsize)).view(torch.uint8)
-            self._held = block[:nbytes].view(math.ceil(inputs.K / 8), -1).zero_()
+            self._held = _held(inputs, nbytes)[:nbytes].reshape(math.ceil(inputs.K / 8), -1)
+            self._held[:] = 0
 
     def begin(self) -> Erase:
         """The sparsifier of `merge_deltas`."""
         noted, self._noted = self._noted, True
         return partial(self._erase, noted=noted and self._held is not None)
 
-    def _erase(self, delta_T: Tensor, k: int, start: int, *, noted: bool) -> None:
+    def _erase(self, values_T: Values, k: int, start: int, *, noted: bool) -> None:
         if self._density[k] <= 0:
-            delta_T.zero_()
+            values_T[:] = 0.0
         elif self._density[k] < 1:
-            stop = start + len(delta_T)
-            if is_compiled(delta_T):
-                self._compiled_erase(delta_T, k, start, stop, noted)
+            stop = start + len(values_T)
+            if is_compiled(values_T):
+                self._compiled_erase(values_T, k, start, stop, noted)
                 return
+            delta_T = tensor(values_T)
             chosen_T = self._recall(k, start, stop) if noted else self._choose(delta_T, k, start, stop)
             delta_T.mul_(chosen_T.to(delta_T.dtype))  # a product, so that NaN is not dropped unseen
 
-    def _compiled_erase(self, delta_T: Tensor, k: int, start: int, stop: int, noted: bool) -> None:
-        import numpy as np
-
+    def _compiled_erase(self, values_T: Values, k: int, start: int, stop: int, noted: bool) -> None:
         from yeam.methods import kernels
 
-        held = np.empty(0, np.uint8) if self._held is None else self._held[k // 8, start:stop].numpy()
+        delta_T = array(values_T)
+        held = np.empty(0, np.uint8) if self._held is None else array(self._held[k // 8, start:stop])
         if noted:
-            kernels.keep_noted(delta_T.numpy(), held, k % 8)
+            kernels.keep_noted(delta_T, held, k % 8)
             return
-        bound = self._bound(delta_T, k)
-        bounds = np.array([bound], np.int32) if isinstance(bound, int) else bound.numpy()
+        bound = self._bound(values_T, k)
+        bounds = np.array([bound], np.int32) if isinstance(bound, int) else array(bound)
         key = np.uint64(self._keys[k])
-        kernels.keep(delta_T.numpy(), key, start, bounds, held, k % 8, self._held is not None)
+        kernels.keep(delta_T, key, start, bounds, held, k % 8, self._held is not None)
 
     def _choose(self, delta_T: Tensor, k: int, start: int, stop: int) -> Tensor:
         """1 for what is kept, 0 for what is not; int32 [T], overwritten by the next call."""
-        chosen_T = self._bits.below(self._keys[k], start, stop, self._bound(delta_T, k))
+        bound = self._bound(delta_T, k)
+        chosen_T = self._bits.below(self._keys[k], start, stop, bound if isinstance(bound, int) else tensor(bound))
         if self._held is not None:
-            self._held[k // 8, start:stop] |= chosen_T.to(self._held.dtype) << k % 8
+            held_T = tensor(self._held)[k // 8, start:stop]
+            held_T |= chosen_T.to(held_T.dtype) << k % 8
         return chosen_T
 
     def _recall(self, k: int, start: int, stop: int) -> Tensor:
         assert self._held is not None
-        return (self._held[k // 8, start:stop] >> k % 8).bitwise_and_(1)
+        return (tensor(self._held)[k // 8, start:stop] >> k % 8).bitwise_and_(1)
+
+
+def _held(inputs: Inputs, nbytes: int) -> Values:
+    """As many bytes, or some more, that the method holds."""
+    count = math.ceil(nbytes / DTYPES[inputs.work].itemsize)
+    if is_stored(inputs):
+        return inputs.hold_array(count).view(np.uint8)
+    import torch
+
+    return inputs.hold(count).view(torch.uint8)

@@ -16,14 +16,14 @@ from yeam.methods.registry import PerSource, Share, Whole, merge_method
 from yeam.methods.statistics import Sparsifier
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from yeam.compiled import Values
 
 
 def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
     return held_bytes(shape, K, values["rescale"])
 
 
-@merge_method("dare_linear", base="required", needs=Whole, resident=_resident)
+@merge_method("dare_linear", base="required", needs=Whole, tensors=False, resident=_resident)
 def dare_linear(
     inputs: Inputs,
     *,
@@ -34,7 +34,7 @@ def dare_linear(
     lambda_: float = 1.0,
     int8_mask: bool = False,
     seed: int = 0,
-) -> Iterator[Tensor]:
+) -> Iterator[Values]:
     """Weighted sum of updates with entries dropped at random (Yu et al. 2024).
 
     density: probability that an entry is kept; 1 keeps all, 0 none. rescale: give what is kept the L1 norm of the whole update
@@ -48,7 +48,7 @@ def dare_linear(
     )  # fmt: skip
 
 
-@merge_method("dare_ties", base="required", needs=Whole, resident=_resident)
+@merge_method("dare_ties", base="required", needs=Whole, tensors=False, resident=_resident)
 def dare_ties(
     inputs: Inputs,
     *,
@@ -59,7 +59,7 @@ def dare_ties(
     lambda_: float = 1.0,
     int8_mask: bool = False,
     seed: int = 0,
-) -> Iterator[Tensor]:
+) -> Iterator[Values]:
     """Updates with entries dropped at random, merged by the majority's sign.
 
     Parameters as those of `dare_linear`; the signs are resolved as `ties` does it.

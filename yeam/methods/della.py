@@ -18,7 +18,7 @@ from yeam.methods.registry import PerSource, Share, Whole, merge_method
 from yeam.methods.row_ranks import RowRanks
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from yeam.compiled import Values
 
 
 def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
@@ -36,7 +36,7 @@ def _check(shape: tuple[int, ...], values: Mapping[str, Any]) -> None:
             )
 
 
-@merge_method("della", base="required", needs=Whole, resident=_resident, check=_check)
+@merge_method("della", base="required", needs=Whole, tensors=False, resident=_resident, check=_check)
 def della(
     inputs: Inputs,
     *,
@@ -48,7 +48,7 @@ def della(
     lambda_: float = 1.0,
     int8_mask: bool = False,
     seed: int = 0,
-) -> Iterator[Tensor]:
+) -> Iterator[Values]:
     """Updates with entries dropped by chance and rank in the row, merged by the majority's sign (Deep et al. 2024).
 
     An entry is kept with a probability that rises linearly from density − epsilon for the smallest magnitude of its row to
@@ -63,7 +63,7 @@ def della(
     )  # fmt: skip
 
 
-@merge_method("della_linear", base="required", needs=Whole, resident=_resident, check=_check)
+@merge_method("della_linear", base="required", needs=Whole, tensors=False, resident=_resident, check=_check)
 def della_linear(
     inputs: Inputs,
     *,
@@ -75,7 +75,7 @@ def della_linear(
     lambda_: float = 1.0,
     int8_mask: bool = False,
     seed: int = 0,
-) -> Iterator[Tensor]:
+) -> Iterator[Values]:
     """Weighted sum of updates with entries dropped by chance and rank in the row.
 
     Parameters as those of `della`; signs are not resolved.
@@ -93,17 +93,12 @@ def row_length(shape: Sequence[int]) -> int:
 
 def _della(
     inputs: Inputs, density: Sequence[float], epsilon: Sequence[float], seed: int, *, rescale: bool, **mixing: Any
-) -> Iterator[Tensor]:
-    import torch
-
+) -> Iterator[Values]:
     if math.prod(inputs.shape) == 0:
         return
     columns = row_length(inputs.shape)
-    ranks = RowRanks(columns, inputs.device)
-    bounds = [
-        torch.from_numpy(thresholds(probabilities(share, spread, columns))).to(inputs.device)
-        for share, spread in zip(density, epsilon)
-    ]
+    ranks = RowRanks(columns)
+    bounds = [thresholds(probabilities(share, spread, columns)) for share, spread in zip(density, epsilon)]
     choices = Choices(inputs, density, seed, lambda delta_T, k: ranks.spread(delta_T, bounds[k]), rescale=rescale)
     yield from merge_deltas(
         inputs,

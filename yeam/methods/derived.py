@@ -9,11 +9,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from yeam.checkpoint.dtypes import dtype_named
 from yeam.methods.inputs import Inputs, Tile
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from yeam.compiled import Array
 
 JOINED = 1 << 15  # elements of the largest tensor that `joined` gives in one tile, however small the tiles are
 
@@ -29,6 +32,7 @@ class _Wrapped:
         self.has_base = inputs.has_base
         self.device = inputs.device
         self.dtype = inputs.dtype
+        self.work = inputs.work
         self.exact = inputs.exact
         self.rounding = inputs.rounding
         self.companions = inputs.companions
@@ -39,6 +43,12 @@ class _Wrapped:
 
     def hold(self, *shape: int) -> Tensor:
         return self._inputs.hold(*shape)
+
+    def hold_array(self, *shape: int) -> Array:
+        return self._inputs.hold_array(*shape)
+
+    def tensors(self) -> None:
+        self._inputs.tensors()
 
     def over_model(self, measure: Callable[[Inputs], Sequence[float]]) -> list[float]:
         return self._inputs.over_model(measure)
@@ -54,6 +64,7 @@ class Derived(_Wrapped):
         super().__init__(inputs)
         self.K, self.has_base = 1, True
         self.dtype = dtype or inputs.dtype
+        self.work = dtype_named(str(self.dtype)).code
         self._value = value
 
     def tiles(

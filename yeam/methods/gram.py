@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from yeam.compiled import Array, Values
     from yeam.methods.inputs import Inputs, StoredTile, Tile
 
 BLOCK = 1 << 16
@@ -73,7 +74,7 @@ def _products(inputs: Inputs, count: int, vectors: Callable[[Tile], Sequence[Ten
     return Gram((lower + np.tril(lower, -1).T).tolist())
 
 
-def combined(inputs: Inputs, coefficients: Sequence[float]) -> Iterator[Tensor]:
+def combined(inputs: Inputs, coefficients: Sequence[float]) -> Iterator[Values]:
     """Σ_v c_v v in tiles [T], v being the sources and then the base where there is one."""
     stored = inputs.stored_tiles()
     if stored is None:
@@ -90,7 +91,7 @@ def combined(inputs: Inputs, coefficients: Sequence[float]) -> Iterator[Tensor]:
     yield from _summed(stored, combine, coefficients)
 
 
-def moved(inputs: Inputs, coefficients: Sequence[float]) -> Iterator[Tensor]:
+def moved(inputs: Inputs, coefficients: Sequence[float]) -> Iterator[Values]:
     """base + Σ_k c_k (x_k − base) in tiles [T]; Σ_k c_k x_k without a base."""
     if not inputs.has_base:
         yield from combined(inputs, coefficients)
@@ -109,17 +110,16 @@ def moved(inputs: Inputs, coefficients: Sequence[float]) -> Iterator[Tensor]:
     yield from _summed(stored, move, coefficients)
 
 
-def _summed(stored: Iterator[StoredTile], loop: Callable[..., None], coefficients: Sequence[float]) -> Iterator[Tensor]:
+def _summed(stored: Iterator[StoredTile], loop: Callable[..., None], coefficients: Sequence[float]) -> Iterator[Array]:
     import numpy as np
-    import torch
 
     factors = np.array(coefficients, np.float32)
-    out_T = torch.empty(0)
+    out_T = np.empty(0, np.float32)
     for part in stored:
         if len(out_T) < part.stop - part.start:
-            out_T = torch.empty(part.stop - part.start)
+            out_T = np.empty(part.stop - part.start, np.float32)
         result_T = out_T[: part.stop - part.start]
-        loop(part.word_VS, part.kind, factors, result_T.numpy())
+        loop(part.word_VS, part.kind, factors, result_T)
         yield result_T
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor
+
+    from yeam.compiled import Array
 
 
 @dataclass
@@ -33,7 +34,7 @@ class StoredTile:
 
     start: int
     stop: int
-    word_VS: np.ndarray[Any, Any]
+    word_VS: Array
     kind: int
 
 
@@ -41,7 +42,8 @@ class Inputs(Protocol):
     """The inputs of one output tensor, as the engine serves them.
 
     name, role: of the output tensor. shape: of the tensor. K: number of sources. has_base: whether tiles carry the base. device and
-    dtype: of the tiles (float32; float64 where an input is stored so; the storage dtype under `math: exact`). exact: whether every
+    dtype: of the tiles (float32; float64 where an input is stored so; the storage dtype under `math: exact`). work: that dtype as a
+    safetensors header names it; whoever asks for device or dtype imports torch. exact: whether every
     operation is to round to that dtype in mergekit's order, as it always does in half precision. rounding: for each source, the mean square
     error that its storage dtype has left in it, as a share of its mean square (`DType.rounding`). companions: further tensors
     of the same sources and base that a plugin gave the job, by name.
@@ -52,10 +54,15 @@ class Inputs(Protocol):
     shape: tuple[int, ...]
     K: int
     has_base: bool
-    device: torch.device
-    dtype: torch.dtype
+    work: str
     exact: bool
     rounding: tuple[float, ...]
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     @property
     def companions(self) -> Mapping[str, Inputs]:
@@ -82,6 +89,12 @@ class Inputs(Protocol):
         There is one such block: asking again gives the same memory. What is asked for here belongs in the method's `resident`.
         """
 
+    def hold_array(self, *shape: int) -> Array:
+        """The same as an array of float32, where `stored_tiles` serve."""
+
+    def tensors(self) -> None:
+        """To be called before the method makes tensors without having asked for any here: sets torch up for the thread."""
+
     def over_model(self, measure: Callable[[Inputs], Sequence[float]]) -> list[float]:
         """The sum of measure(inputs) over all tensors that the same method merges from the same models; computed once for all.
 
@@ -91,6 +104,11 @@ class Inputs(Protocol):
 
     def record(self, **facts: Any) -> None:
         """Note JSON-serialisable facts about this tensor for the report (norms, agreement, gates)."""
+
+
+def is_stored(inputs: Inputs) -> bool:
+    """Whether `stored_tiles` serve."""
+    return inputs.stored_tiles() is not None
 
 
 def parts(

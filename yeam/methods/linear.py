@@ -14,7 +14,7 @@ from yeam.methods.inputs import Inputs
 from yeam.methods.registry import PerSource, Whole, merge_method
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from yeam.compiled import Values
 
 
 def _check(shape: tuple[int, ...], values: Mapping[str, Any]) -> None:
@@ -22,20 +22,20 @@ def _check(shape: tuple[int, ...], values: Mapping[str, Any]) -> None:
         raise ConfigError("linear: the weights sum to 0 and cannot be normalised", "set `normalize: false`")
 
 
-@merge_method("linear", base="unused", needs=Whole, elementwise=True, check=_check)
-def linear(inputs: Inputs, *, weight: PerSource[float], normalize: bool = True) -> Iterator[Tensor]:
+@merge_method("linear", base="unused", needs=Whole, tensors=False, elementwise=True, check=_check)
+def linear(inputs: Inputs, *, weight: PerSource[float], normalize: bool = True) -> Iterator[Values]:
     """Weighted average of the models (model soup, Wortsman et al. 2022).
 
     Yields Σ_k weight_k · x_k [T], divided by Σ_k weight_k when `normalize`. Under `math: exact`
     every operation rounds to the working dtype, as mergekit's does; otherwise the weights are divided first.
     Weights that sum to zero cannot be normalised: ConfigError at plan time.
     """
-    import torch
-
     if not inputs.exact:
         total = sum(weight) if normalize else 1.0
         yield from combined(inputs, [w / total for w in weight])
         return
+    import torch
+
     weight_K1 = torch.tensor(weight, dtype=inputs.dtype, device=inputs.device)[:, None]
     for tile in inputs.tiles():
         result_T = tile.sources_KT.mul_(weight_K1).sum(dim=0)

@@ -8,16 +8,20 @@ Legend: K sources, T elements of a tile.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING
 
-from yeam.compiled import is_compiled
+from yeam.checkpoint.dtypes import DTYPES
+from yeam.compiled import array, is_compiled, tensor
 from yeam.methods.inputs import Inputs
-from yeam.methods.statistics import Sparsifier, rescale_factors
+from yeam.methods.statistics import Sparsifier, rescale_factors, rounded
 from yeam.methods.updates import updates
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from yeam.compiled import Values
 
 LEAST_DIVISOR = 1e-8
 
@@ -32,31 +36,27 @@ class Mix:
 
     def __init__(
         self,
-        dtype: torch.dtype,
-        device: torch.device,
+        work: str,
         *,
         weight: Sequence[float],
         normalize: bool,
         lambda_: float,
         consensus: bool,
     ) -> None:
-        import torch
-
-        weight_K = torch.tensor(weight, dtype=dtype, device=device)
-        divisor = weight_K[:, None].sum(dim=0)
-        self._weights = weight_K.tolist()
-        self._divisor = torch.where(divisor.abs() < LEAST_DIVISOR, torch.ones_like(divisor), divisor)
+        self._weights = [rounded(w, work) for w in weight]
+        self._divisor = _divisor(self._weights, work)
         # of what counts anything, where no weight is negative
         self._least = min((w for w in self._weights if w > 0), default=0.0) if min(self._weights) >= 0 else 0.0
         self._normalize = normalize
         self._lambda = lambda_
         self._consensus = consensus
 
-    def onto(self, base_T: Tensor, delta_KT: Tensor, factors: Sequence[float]) -> None:
-        """Move base_T, in place, by the updates times their factors; delta_KT is overwritten."""
-        if is_compiled(base_T):
-            self._compiled_onto(base_T, delta_KT, factors)
+    def onto(self, base: Values, delta: Values, factors: Sequence[float]) -> None:
+        """Move base [T], in place, by the updates delta [K, T] times their factors; delta is overwritten."""
+        if is_compiled(base):
+            self._compiled_onto(base, delta, factors)
             return
+        base_T, delta_KT = tensor(base), tensor(delta)
         for k, (factor, weight) in enumerate(zip(factors, self._weights)):
             if factor != 1.0:
                 delta_KT[k].mul_(factor)
@@ -67,22 +67,22 @@ class Mix:
             return
         mixed_T = _sum(delta_KT).add_(0.0)
         if self._normalize:
-            mixed_T.div_(self._divisor)
+            mixed_T.div_(mixed_T.new_tensor([self._divisor]))  # not a scalar, whose inverse CUDA would multiply by
         if self._lambda != 1:
             mixed_T.mul_(self._lambda)
         base_T.add_(mixed_T)
 
-    def _compiled_onto(self, base_T: Tensor, delta_KT: Tensor, factors: Sequence[float]) -> None:
+    def _compiled_onto(self, base: Values, delta: Values, factors: Sequence[float]) -> None:
         import numpy as np
 
         from yeam.methods import kernels
 
         kernels.mix(
-            base_T.numpy(),
-            delta_KT.contiguous().numpy(),
+            array(base),
+            np.ascontiguousarray(array(delta)),
             np.array(factors, np.float32),
             np.array(self._weights, np.float32),
-            np.float32(float(self._divisor)),
+            np.float32(self._divisor),
             np.float32(self._least),
             np.float32(self._lambda),
             self._consensus,
@@ -115,6 +115,17 @@ class Mix:
         return divisor_T.add_(divisor_T.clone().eq_(0))
 
 
+def _divisor(weights: Sequence[float], work: str) -> float:
+    """Their sum as torch adds it up and compares it in that dtype; 1 for one below 1e-8."""
+    if work == "F32" and len(weights) <= 4:  # more than these are several strands
+        total = reduce(lambda total, weight: rounded(total + weight, work), weights, 0.0)
+        return 1.0 if abs(total) < rounded(LEAST_DIVISOR, work) else total
+    import torch
+
+    total_1 = torch.tensor(weights, dtype=DTYPES[work].torch)[:, None].sum(dim=0)
+    return float(torch.where(total_1.abs() < LEAST_DIVISOR, torch.ones_like(total_1), total_1))
+
+
 def _sum(x_KT: Tensor) -> Tensor:
     """Σ_k x_k in the order of the sources, [T]; to be as a sum that starts from +0, it lacks an addition of +0."""
     import torch
@@ -145,12 +156,12 @@ def merge_deltas(
     lambda_: float,
     consensus: bool,
     unit: int = 1,
-) -> Iterator[Tensor]:
+) -> Iterator[Values]:
     """Updates from the base, made sparse, rescaled to the L1 norm that they had (`rescale`, in a pass of its own), and mixed.
 
     unit: the sparsifier is to be given multiples of as many elements.
     """
-    mix = Mix(inputs.dtype, inputs.device, weight=weight, normalize=normalize, lambda_=lambda_, consensus=consensus)
+    mix = Mix(inputs.work, weight=weight, normalize=normalize, lambda_=lambda_, consensus=consensus)
     factors = [1.0] * inputs.K
     if rescale:
         factors = rescale_factors(inputs, sparsifier, unit=unit)

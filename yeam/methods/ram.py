@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
+from yeam.checkpoint.dtypes import dtype_named
 from yeam.methods.gram import deltas
 from yeam.methods.inputs import Inputs
 from yeam.methods.registry import Whole, merge_method
@@ -66,7 +67,7 @@ def _changes(delta_KT: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Differences larger than ε, zeros for others, in place; and where they are: 0 and 1, [K, T] of their dtype."""
     import torch
 
-    torch.ops.aten.hardshrink.out(delta_KT, rounded(epsilon, delta_KT.dtype), out=delta_KT)
+    torch.ops.aten.hardshrink.out(delta_KT, rounded(epsilon, dtype_named(str(delta_KT.dtype)).code), out=delta_KT)
     return delta_KT, delta_KT.sign().abs_()
 
 

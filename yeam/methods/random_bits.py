@@ -48,10 +48,10 @@ def thresholds(probabilities: Sequence[float]) -> NDArray[np.int32]:
 
 
 class RandomBits:
-    """Streams of words on a device; memory is kept from one call to the next."""
+    """Streams of words on a device (None: the CPU); memory is kept from one call to the next."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._words = _NumpyWords() if on_cpu(device) else _TorchWords(device)
+    def __init__(self, device: torch.device | None) -> None:
+        self._words = _NumpyWords() if device is None or on_cpu(device) else _TorchWords(device)
 
     def words64(self, key: int, start: int, stop: int) -> Tensor:
         """Outputs [start, stop) of SplitMix64 from the state `key`, int64 [stop − start]; overwritten by the next call."""

@@ -92,7 +92,8 @@ Check = Callable[[tuple[int, ...], Mapping[str, Any]], None]
 class Method:
     """A registered method. `run` yields the output's tiles in order, in the working dtype; `resident` estimates the bytes kept in
     memory beyond the tiles, from the shape, the number of sources and the parameters. `elementwise`: an element of the result
-    depends on that element of the inputs only, and on nothing else but the parameters. `settle`, `check`: as in `merge_method`."""
+    depends on that element of the inputs only, and on nothing else but the parameters. `tensors`, `settle`, `check`: as in
+    `merge_method`."""
 
     name: str
     summary: str
@@ -103,6 +104,7 @@ class Method:
     run: Callable[[Inputs, Mapping[str, Any]], Iterator[Tensor]] = field(repr=False)
     resident: Callable[[tuple[int, ...], int, Mapping[str, Any]], int] = field(repr=False)
     elementwise: bool = False
+    tensors: bool = True
     settle: Settle | None = field(default=None, repr=False)
     check: Check | None = field(default=None, repr=False)
 
@@ -122,6 +124,7 @@ def merge_method(
     resident: Callable[[tuple[int, ...], int, Mapping[str, Any]], int] | None = None,
     exact: bool = True,
     elementwise: bool = False,
+    tensors: bool = True,
     settle: Settle | None = None,
     check: Check | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -131,7 +134,8 @@ def merge_method(
     sources: how many, exactly or as (least, most). needs: None, a callable Inputs → statistics, or Whole.
     resident: for Whole methods, bytes kept in memory. exact: False for a method that is defined in float32 even under
     `math: exact`. elementwise: True for a method without statistics whose result for an element depends on that element alone; its
-    results as intermediate stages then need no folder. settle: chooses and orders the sources at plan time, so that others are
+    results as intermediate stages then need no folder. tensors: False for a method that needs no torch where the inputs' `stored_tiles`
+    serve, so that memory need not be kept free for it. settle: chooses and orders the sources at plan time, so that others are
     not read; raises ConfigError. check: refuses at plan time what the types of the parameters cannot. Raises YeamError when the
     name is taken by another function or when the signature cannot be a schema.
     """
@@ -152,6 +156,7 @@ def merge_method(
             run=_runner(name, function, needs),
             resident=resident or (lambda shape, count, values: 0),
             elementwise=elementwise,
+            tensors=tensors,
             settle=settle,
             check=check,
         )

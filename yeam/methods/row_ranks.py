@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from yeam.compiled import is_compiled
+import numpy as np
+
+from yeam.compiled import Array, Values, array, is_compiled, tensor
 from yeam.methods.statistics import integers, on_cpu
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 BLOCK = 1 << 16  # elements sorted at a time on the CPU: their keys and indices stay in the second-level cache
@@ -24,46 +25,50 @@ class RowRanks:
     order among equals; float64, which leaves no room for that, and CUDA sort stably instead.
     """
 
-    def __init__(self, columns: int, device: torch.device) -> None:
-        import torch
-
+    def __init__(self, columns: int) -> None:
         self._columns = columns
-        self._column_N = torch.arange(columns, device=device)
-        self._out = torch.empty(0, dtype=torch.int32, device=device)
+        self._out: Values = np.empty(0, np.int32)
 
     @staticmethod
     def nbytes(columns: int) -> int:
         """Memory for sorting, and for the random words of a row."""
         return 48 * max(columns, BLOCK)
 
-    def spread(self, delta_T: Tensor, by_rank_N: Tensor) -> Tensor:
+    def spread(self, delta_T: Values, by_rank_N: Array) -> Values:
         """by_rank_N (int32) at every element's rank, the smallest magnitude's first; int32 [T], overwritten by the next call.
 
         delta_T: whole rows.
         """
-        if len(self._out) < len(delta_T):
-            self._out = self._out.new_empty(len(delta_T))
+        if is_compiled(delta_T):
+            return self._compiled_spread(array(delta_T).reshape(-1, self._columns), by_rank_N)
+        import torch
+
+        delta_RN = tensor(delta_T).view(-1, self._columns)
+        if isinstance(self._out, np.ndarray) or len(self._out) < len(delta_T):
+            self._out = torch.empty(len(delta_T), dtype=torch.int32, device=delta_RN.device)
         out_RN = self._out[: len(delta_T)].view(-1, self._columns)
-        delta_RN = delta_T.view(-1, self._columns)
-        step = max(1, BLOCK // self._columns) if on_cpu(delta_T.device) else len(delta_RN)
-        compiled = is_compiled(delta_T)
+        rank_N = torch.from_numpy(by_rank_N).to(delta_RN.device)
+        step = max(1, BLOCK // self._columns) if on_cpu(delta_RN.device) else len(delta_RN)
         for row in range(0, len(delta_RN), step):
-            if compiled:
-                self._compiled_spread(delta_RN[row : row + step], by_rank_N, out_RN[row : row + step])
-                continue
             order_RN = self._order(delta_RN[row : row + step])
-            out_RN[row : row + step].scatter_(1, order_RN, by_rank_N.expand_as(order_RN))
+            out_RN[row : row + step].scatter_(1, order_RN, rank_N.expand_as(order_RN))
         return self._out[: len(delta_T)]
 
-    def _compiled_spread(self, delta_RN: Tensor, by_rank_N: Tensor, out_RN: Tensor) -> None:
-        import numpy as np
-
+    def _compiled_spread(self, delta_RN: Array, by_rank_N: Array) -> Array:
         from yeam.methods import kernels
 
-        packed = np.empty(delta_RN.shape, np.int64)
-        kernels.pack_rows(delta_RN.numpy().view(np.uint32), packed)
-        packed.sort(axis=1)
-        kernels.spread_ranks(packed, by_rank_N.numpy(), out_RN.numpy())
+        if not isinstance(self._out, np.ndarray) or len(self._out) < delta_RN.size:
+            self._out = np.empty(delta_RN.size, np.int32)
+        found_T: Array = self._out[: delta_RN.size]
+        out_RN = found_T.reshape(delta_RN.shape)
+        step = max(1, BLOCK // self._columns)
+        for row in range(0, len(delta_RN), step):
+            part_RN = delta_RN[row : row + step]
+            packed = np.empty(part_RN.shape, np.int64)
+            kernels.pack_rows(part_RN.view(np.uint32), packed)
+            packed.sort(axis=1)
+            kernels.spread_ranks(packed, by_rank_N, out_RN[row : row + step])
+        return found_T
 
     def _order(self, delta_RN: Tensor) -> Tensor:
         """The columns in the order of their magnitudes, int64 [R, N]."""
@@ -74,6 +79,7 @@ class RowRanks:
             return torch.sort(delta_RN.abs(), dim=1, stable=True).indices
         packed = torch.int32 if self._columns <= 1 << 16 else torch.int64
         width = 16 if packed == torch.int32 else 32
-        key_RN = integers(delta_RN.abs()).to(packed).bitwise_left_shift_(width).bitwise_or_(self._column_N.to(packed))
+        column_N = torch.arange(self._columns, dtype=packed, device=delta_RN.device)
+        key_RN = integers(delta_RN.abs()).to(packed).bitwise_left_shift_(width).bitwise_or_(column_N)
         key_RN.numpy().sort(axis=1)
         return key_RN.bitwise_and_((1 << width) - 1).to(torch.int64)

@@ -17,13 +17,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from yeam.compiled import is_compiled
+import numpy as np
+
+from yeam.checkpoint.dtypes import DTYPES
+from yeam.compiled import Array, Values, array, is_compiled, tensor
 from yeam.methods.inputs import Inputs
 from yeam.methods.statistics import integers
 from yeam.methods.updates import updates
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 ALL_BITS = 15  # of a key that are told apart when every element is counted
@@ -55,21 +57,24 @@ class Cutter:
         self._ties = cut.ties  # how many of those equal to the value may still be kept
         self._bits: list[int] = []  # of ±value
 
-    def __call__(self, delta_T: Tensor) -> None:
-        import torch
-
+    def __call__(self, values_T: Values) -> None:
         cut = self._cut
         if cut.count >= cut.size:
             return
         if cut.count <= 0:
-            delta_T.zero_()
-        elif is_compiled(delta_T):
-            import numpy as np
-
+            values_T[:] = 0.0
+        elif is_compiled(values_T):
             from yeam.methods import kernels
 
-            self._ties = kernels.cut(delta_T.numpy(), np.float32(cut.value), self._ties)
-        elif self._ties == 0:
+            self._ties = kernels.cut(array(values_T), np.float32(cut.value), self._ties)
+        else:
+            self._cut_tensor(tensor(values_T))
+
+    def _cut_tensor(self, delta_T: Tensor) -> None:
+        import torch
+
+        cut = self._cut
+        if self._ties == 0:
             _shrink_(delta_T, cut.value)
         elif cut.ties == cut.equal:
             _shrink_(delta_T, cut.below)
@@ -105,16 +110,16 @@ def largest(inputs: Inputs, counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
     Passes over the inputs: one for 16-bit dtypes and most large tensors, two for float32, four for float64, none where no
     count needs it.
     """
-    size = math.prod(inputs.shape)
-    keys = 1 << (8 * inputs.dtype.itemsize - 1)
+    size, itemsize = math.prod(inputs.shape), DTYPES[inputs.work].itemsize
+    keys = 1 << (8 * itemsize - 1)
     searches = [[_Search(count, keys) for count in row] for row in counts]
     active = [[search for search in row if 0 < search.count < size] for row in searches]
-    if any(active) and inputs.dtype.itemsize > 2 and size >= SAMPLED:
+    if any(active) and itemsize > 2 and size >= SAMPLED:
         _sample(inputs, active)
     while any(active):
         _pass(inputs, active)
         active = [[search for search in row if not search.equal] for row in active]
-    return [[search.cut(size, inputs.dtype) for search in row] for row in searches]
+    return [[search.cut(size, inputs.work) for search in row] for row in searches]
 
 
 class _Search:
@@ -129,7 +134,7 @@ class _Search:
     def narrow(self, range_: _Range) -> None:
         """Go on in one part of the range, or outside where it is not in there; `equal` is set when a single key is left."""
         above, counts, shift = range_.result()
-        cumulated = counts.flip(0).cumsum(0)
+        cumulated = counts[::-1].cumsum()
         rank = self.count - above
         if rank <= 0:
             self.low, self.span = self.low + self.span, self.keys - self.low - self.span
@@ -143,32 +148,31 @@ class _Search:
             if shift == 0:
                 self.equal, self.ties = equal, rank - (int(cumulated[place]) - equal)
 
-    def cut(self, size: int, dtype: torch.dtype) -> Cut:
+    def cut(self, size: int, work: str) -> Cut:
         if not self.equal:
             return Cut(self.count, size)
-        value, below = (_number(key, dtype) for key in (self.low, max(self.low - 1, 0)))
+        value, below = (_number(key, work) for key in (self.low, max(self.low - 1, 0)))
         return Cut(self.count, size, value, below, self.ties, self.equal)
 
 
 class _Range:
     """How many keys lie above [low, low + span), and how often each part of it occurs."""
 
-    def __init__(self, search: _Search, device: torch.device) -> None:
-        import torch
-
+    def __init__(self, search: _Search) -> None:
         self._low, self._span = search.low, search.span
         self._all = search.span == search.keys
         self._shift = max(0, (self._span - 1).bit_length() - (ALL_BITS if self._all else PART_BITS))
         self._bins = (self._span - 1 >> self._shift) + 1
-        self._counts = torch.zeros(self._bins, dtype=torch.int64, device=device)
+        self._counts = np.zeros(self._bins, np.int64)  # by the compiled loops
+        self._device_counts: Tensor | None = None  # by torch
         self._above = 0
         self._pending: list[Tensor] = []
 
-    def add(self, delta_T: Tensor) -> None:
-        if is_compiled(delta_T):
-            self._above += self._compiled_count(delta_T)
+    def add(self, values_T: Values) -> None:
+        if is_compiled(values_T):
+            self._above += self._compiled_count(array(values_T))
             return
-        key_T = integers(delta_T.abs())
+        key_T = integers(tensor(values_T).abs())
         if self._all:
             self._count(key_T >> self._shift if self._shift else key_T)
         else:
@@ -176,11 +180,12 @@ class _Range:
             if sum(map(len, self._pending)) >= PENDING:
                 self._flush()
 
-    def result(self) -> tuple[int, Tensor, int]:
-        """How many lie above; int64 counts of the parts, on the CPU; and by how many bits a part's keys differ."""
+    def result(self) -> tuple[int, Array, int]:
+        """How many lie above; int64 counts of the parts; and by how many bits a part's keys differ."""
         if self._pending:
             self._flush()
-        return self._above, self._counts.cpu(), self._shift
+        counts = self._counts if self._device_counts is None else self._counts + self._device_counts.cpu().numpy()
+        return self._above, counts, self._shift
 
     def _flush(self) -> None:
         import torch
@@ -191,7 +196,8 @@ class _Range:
     def _count(self, part_T: Tensor) -> None:
         import torch
 
-        self._counts += torch.bincount(part_T, minlength=self._bins)
+        counts = torch.bincount(part_T, minlength=self._bins)
+        self._device_counts = counts if self._device_counts is None else self._device_counts + counts
 
     def _inside(self, key_T: Tensor) -> Tensor:
         """The parts of the keys that lie in the range."""
@@ -199,19 +205,16 @@ class _Range:
         self._above += int((offset_T >= self._span).sum())
         return offset_T[(offset_T >= 0) & (offset_T < self._span)] >> self._shift
 
-    def _compiled_count(self, delta_T: Tensor) -> int:
+    def _compiled_count(self, delta_T: Array) -> int:
         """The same, counted at once; returns how many lie above."""
-        import numpy as np
-
         from yeam.methods import kernels
 
-        keys = delta_T.numpy().view(np.uint32)
-        return int(kernels.count_keys(keys, self._low, self._span, self._shift, self._counts.numpy()))
+        return int(kernels.count_keys(delta_T.view(np.uint32), self._low, self._span, self._shift, self._counts))
 
 
 def _pass(inputs: Inputs, searches: Sequence[Sequence[_Search]]) -> None:
     """Count in the ranges of all searches, and narrow them."""
-    ranges = {(k, s.low, s.span): _Range(s, inputs.device) for k, row in enumerate(searches) for s in row}
+    ranges = {(k, s.low, s.span): _Range(s) for k, row in enumerate(searches) for s in row}
     for run in updates(inputs):
         for (k, _, _), range_ in ranges.items():
             range_.add(run.delta_KT[k])
@@ -225,24 +228,22 @@ def _sample(inputs: Inputs, searches: Sequence[Sequence[_Search]]) -> None:
 
     The range reaches four standard errors to both sides, as the windows' differences from each other tell them.
     """
-    import torch
-
     size = math.prod(inputs.shape)
-    windows: list[list[Tensor]] = [[] for _ in searches]
+    windows: list[list[Array]] = [[] for _ in searches]
     for start, stop in _windows(inputs.shape):
         for run in updates(inputs, start, stop):
             for k, row in enumerate(searches):
                 if row:
-                    windows[k].append(integers(run.delta_KT[k].abs()).cpu())
+                    windows[k].append(_keys(run.delta_KT[k]))
     for parts, row in zip(windows, searches):
         if not row:
             continue
-        key_S = torch.cat(parts).sort(descending=True).values
+        key_S = np.sort(np.concatenate(parts))[::-1]
         for search in row:
             place = search.count / size * len(key_S)
             middle = key_S[min(int(place), len(key_S) - 1)]
-            shares = torch.stack([(part >= middle).double().mean() for part in parts])
-            spread = 2 + len(key_S) * SIGMAS * float(shares.std()) / len(parts) ** 0.5
+            shares = [float((part >= middle).mean()) for part in parts]
+            spread = 2 + len(key_S) * SIGMAS * float(np.std(shares, ddof=1)) / len(parts) ** 0.5
             first, last = int(place - spread), int(place + spread)
             high = int(key_S[first]) + 1 if first >= 0 else search.keys
             search.low = int(key_S[last]) if last < len(key_S) else 0
@@ -259,9 +260,15 @@ def _windows(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start * unit, (start + length) * unit
 
 
-def _number(key: int, dtype: torch.dtype) -> float:
-    """The number ≥ 0 with these bits."""
-    import torch
+def _keys(values_T: Values) -> Array:
+    """The bits of the magnitudes, in memory of their own."""
+    if is_compiled(values_T):
+        return np.abs(array(values_T)).view(np.int32)
+    return np.array(integers(tensor(values_T).abs()).cpu().numpy())
 
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    return float(torch.tensor(key, dtype=integer).view(dtype))
+
+def _number(key: int, work: str) -> float:
+    """The number ≥ 0 with these bits."""
+    if work == "BF16":
+        key, work = key << 16, "F32"
+    return float(np.array(key, f"u{DTYPES[work].itemsize}").view(f"f{DTYPES[work].itemsize}"))

@@ -17,8 +17,8 @@ from yeam.methods.registry import Whole, merge_method
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
+    from yeam.compiled import Values
     from yeam.methods.inputs import Inputs
 
 NEARLY_COLINEAR = 0.9995
@@ -63,8 +63,8 @@ def _rounded_arc(cosine: np.float32, t: float) -> tuple[float, float]:
     return float(np.sin(theta - part) / np.sin(theta)), float(np.sin(part) / np.sin(theta))
 
 
-@merge_method("slerp", base="required", sources=1, needs=Whole)
-def slerp(inputs: Inputs, *, t: Annotated[float, Ge(0), Le(1)]) -> Iterator[Tensor]:
+@merge_method("slerp", base="required", sources=1, needs=Whole, tensors=False)
+def slerp(inputs: Inputs, *, t: Annotated[float, Ge(0), Le(1)]) -> Iterator[Values]:
     """Spherical interpolation from the base (t = 0) to the other model (t = 1), each tensor a vector (Shoemake 1985).
 
     Yields sin((1−t)θ)/sin θ · base + sin(tθ)/sin θ · x [T]; where |cos θ| > 0.9995 the straight line. Computed in float32

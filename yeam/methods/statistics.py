@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from yeam.compiled import is_compiled
+from yeam.checkpoint.dtypes import DTYPES
+from yeam.compiled import array, is_compiled, tensor
 from yeam.methods.inputs import Inputs
 from yeam.methods.updates import updates
 
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from yeam.compiled import Values
+
 LEAST_NORM = 1e-7  # below this a tensor is as good as zero and is not rescaled
 
-Erase = Callable[["Tensor", int, int], None]
+Erase = Callable[["Values", int, int], None]
 """(delta_T, k, start): sets to zero, in place, what is dropped of source k's update from element `start` on."""
 
 Sparsifier = Callable[[], Erase]
@@ -31,15 +34,15 @@ def on_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def absolute_sum(x_T: Tensor) -> float | Tensor:
+def absolute_sum(x_T: Values) -> float | Tensor:
     """Σ |x| in float64."""
+    if is_compiled(x_T):
+        from yeam.methods import kernels
+
+        return float(kernels.absolute_sum(array(x_T)))
     import torch
 
-    if not is_compiled(x_T):
-        return x_T.abs().sum(dtype=torch.float64)
-    from yeam.methods import kernels
-
-    return float(kernels.absolute_sum(x_T.numpy()))
+    return tensor(x_T).abs().sum(dtype=torch.float64)
 
 
 def integers(x_T: Tensor) -> Tensor:
@@ -56,33 +59,35 @@ def rescale_factors(inputs: Inputs, sparsifier: Sparsifier, *, unit: int = 1) ->
     does not show; but not to float16 where a sum does not fit into it. 1 where a sum is below 1e-7, and where NaN or Inf make
     it meaningless, so that these stay where they are. unit: as of `updates`.
     """
-    import torch
-
     erase = sparsifier()
-    sums_2K = torch.zeros(2, inputs.K, dtype=torch.float64, device=inputs.device)
+    before: list[float | Tensor] = [0.0] * inputs.K
+    after = list(before)
     for run in updates(inputs, unit=unit):
         for k in range(inputs.K):
             delta_T = run.delta_KT[k]
-            sums_2K[0, k] += absolute_sum(delta_T)
+            before[k] = before[k] + absolute_sum(delta_T)
             erase(delta_T, k, run.start)
-            sums_2K[1, k] += absolute_sum(delta_T)
-    return [_ratio(before, after, inputs.dtype) for before, after in sums_2K.T.tolist()]
+            after[k] = after[k] + absolute_sum(delta_T)
+    return [_ratio(float(was), float(is_), inputs.work) for was, is_ in zip(before, after)]
 
 
-def _ratio(before: float, after: float, dtype: torch.dtype) -> float:
-    import torch
-
+def _ratio(before: float, after: float, work: str) -> float:
     if min(before, after) < LEAST_NORM or not math.isfinite(before + after):
         return 1.0
-    dtype = torch.float32 if dtype == torch.float64 else dtype
-    in_dtype = rounded(before, dtype), rounded(after, dtype)
+    work = "F32" if work == "F64" else work
+    in_dtype = rounded(before, work), rounded(after, work)
     if max(in_dtype) < float("inf"):
         before, after = in_dtype
-    return rounded(before / after, dtype)
+    return rounded(before / after, work)
 
 
-def rounded(value: float, dtype: torch.dtype) -> float:
-    """The number of that dtype nearest to `value`."""
+def rounded(value: float, work: str) -> float:
+    """The number of that dtype (as a safetensors header names it) nearest to `value`."""
+    if work == "F32":
+        import numpy as np
+
+        with np.errstate(over="ignore"):
+            return float(np.float32(value))
     import torch
 
-    return float(torch.tensor(value, dtype=torch.float64).to(dtype))
+    return float(torch.tensor(value, dtype=torch.float64).to(DTYPES[work].torch))

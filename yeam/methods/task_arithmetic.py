@@ -15,10 +15,10 @@ from yeam.methods.registry import PerSource, Whole, merge_method
 from yeam.methods.updates import updates
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from yeam.compiled import Values
 
 
-@merge_method("task_arithmetic", base="required", needs=Whole, elementwise=True)
+@merge_method("task_arithmetic", base="required", needs=Whole, tensors=False, elementwise=True)
 def task_arithmetic(
     inputs: Inputs,
     *,
@@ -28,7 +28,7 @@ def task_arithmetic(
     rescale: bool = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-) -> Iterator[Tensor]:
+) -> Iterator[Values]:
     """Weighted sum of the models' updates from the base (Ilharco et al. 2023).
 
     Yields base + λ · Σ_k weight_k · (x_k − base) [T], the sum divided by
@@ -39,7 +39,7 @@ def task_arithmetic(
         scale = lambda_ / (1.0 if abs(divisor) < LEAST_DIVISOR else divisor)
         yield from moved(inputs, [scale * w for w in weight])
         return
-    mix = Mix(inputs.dtype, inputs.device, weight=weight, normalize=normalize, lambda_=lambda_, consensus=False)
+    mix = Mix(inputs.work, weight=weight, normalize=normalize, lambda_=lambda_, consensus=False)
     for run in updates(inputs):
         mix.onto(run.base_T, run.delta_KT, [1.0] * inputs.K)
         if run.tile_T is not None:

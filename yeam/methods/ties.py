@@ -19,7 +19,7 @@ from yeam.methods.selection import Cutter, largest
 from yeam.methods.statistics import Erase
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from yeam.compiled import Values
 
 
 def _check(shape: tuple[int, ...], values: Mapping[str, Any]) -> None:
@@ -32,7 +32,7 @@ def _check(shape: tuple[int, ...], values: Mapping[str, Any]) -> None:
             )
 
 
-@merge_method("ties", base="required", needs=Whole, check=_check)
+@merge_method("ties", base="required", needs=Whole, tensors=False, check=_check)
 def ties(
     inputs: Inputs,
     *,
@@ -42,7 +42,7 @@ def ties(
     rescale: bool = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-) -> Iterator[Tensor]:
+) -> Iterator[Values]:
     """Largest entries of each update, merged by the majority's sign (Yadav et al. 2023).
 
     density: share of each tensor's entries that is kept, exactly int(density · size) of them; of entries of equal magnitude

@@ -14,18 +14,21 @@ from yeam.methods.inputs import Inputs, StoredTile, Tile
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from yeam.compiled import Values
+
 RUN = 1 << 16  # elements: with two sources 768 KiB
 
 
 @dataclass
 class Run:
-    """Elements from `start` on: delta_KT [K, T] and base_T [T] in the working dtype, to be overwritten at will. tile_T, with the last
-    run of a tile, is the memory of the whole tile's base [≥ T], runs in order; whoever moves the base may yield it."""
+    """Elements from `start` on: delta_KT [K, T] and base_T [T] in the working dtype, to be overwritten at will; arrays where they come
+    from stored words. tile_T, with the last run of a tile, is the memory of the whole tile's base [≥ T], runs in order; whoever moves
+    the base may yield it."""
 
     start: int
-    delta_KT: Tensor
-    base_T: Tensor
-    tile_T: Tensor | None
+    delta_KT: Values
+    base_T: Values
+    tile_T: Values | None
 
 
 def delta_(tile: Tile, k: int) -> Tensor:
@@ -48,24 +51,20 @@ def updates(inputs: Inputs, start: int = 0, stop: int | None = None, *, unit: in
 
 
 def _from_stored(inputs: Inputs, tiles: Iterator[StoredTile], unit: int) -> Iterator[Run]:
-    import torch
+    import numpy as np
 
     from yeam import stored
 
     step = max(1, RUN // unit) * unit
-    memory = torch.empty(0)
+    memory = np.empty(0, np.float32)
     for tile in tiles:
         T = tile.stop - tile.start
         width = min(step, T)
         if len(memory) < T + inputs.K * width:
-            memory = torch.empty(T + inputs.K * width)
+            memory = np.empty(T + inputs.K * width, np.float32)
         base_T, room = memory[:T], memory[T:]
         for begin in range(0, T, step):
             size = min(step, T - begin)
-            run = Run(
-                tile.start + begin, room[: inputs.K * size].view(inputs.K, size), base_T[begin : begin + size], None
-            )
-            stored.differences(tile.word_VS, tile.kind, begin, run.delta_KT.numpy(), run.base_T.numpy())
-            if begin + size == T:
-                run.tile_T = base_T
-            yield run
+            delta_KT, part_T = room[: inputs.K * size].reshape(inputs.K, size), base_T[begin : begin + size]
+            stored.differences(tile.word_VS, tile.kind, begin, delta_KT, part_T)
+            yield Run(tile.start + begin, delta_KT, part_T, base_T if begin + size == T else None)

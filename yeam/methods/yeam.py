@@ -10,13 +10,15 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 from annotated_types import Ge, Gt
 
-from yeam.methods.inputs import Inputs, StoredTile, Tile, parts
+from yeam.compiled import tensor
+from yeam.methods.inputs import Inputs, StoredTile, Tile, is_stored, parts
 from yeam.methods.registry import PerSource, Whole, merge_method
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from yeam.compiled import Values
 
 PANEL_ROWS = 16_384
 LEAST_SIDE = 8
@@ -68,7 +70,7 @@ def yeam(
     rounds: Annotated[int, Ge(1)] | None = None,
     lambda_: float = 1.0,
     seed: int = 0,
-) -> Iterator[Tensor]:
+) -> Iterator[Values]:
     """Rays in R⁴ resolved into one update, spread evenly over frames of axes, followed as far as the sources allow.
 
     weight: of each source's update. softness: μ of the rays' intersection, which tends to the sum of the updates where it is large.
@@ -86,27 +88,23 @@ def yeam(
         yield from _matrix(inputs, start, rows, columns, weight, softness, frames, rounds, lambda_, seed)
 
 
-def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength: float) -> Iterator[Tensor]:
+def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength: float) -> Iterator[Values]:
     """Rays and length without frames: the point is a function of the tile, so a pass for the sums and one for the output do."""
-    import torch
-
     from yeam.geometry.length import Moments, agreement, point_bound, progress_along, step_length
-    from yeam.geometry.passes import followed, resolve
+    from yeam.geometry.passes import base_of, followed, resolve
 
     if inputs.K == 1:
         yield from _follow(inputs, weight[0] * strength)
         return
     size = math.prod(inputs.shape)
-    held_T = inputs.hold(size) if 4 * size <= HELD_BYTES else None
+    held_T = _held(inputs, size) if 4 * size <= HELD_BYTES else None
     moments = Moments.of(inputs.K)
 
-    def point_of(tile: Tile | StoredTile, sums: Moments) -> Tensor:
+    def point_of(tile: Tile | StoredTile, sums: Moments) -> Values:
+        if held_T is not None:
+            return resolve(tile, weight, softness, sums, held_T[tile.start : tile.stop])
         T = tile.stop - tile.start
-        out_T = (
-            torch.empty(T, dtype=inputs.dtype, device=inputs.device)
-            if held_T is None
-            else held_T[tile.start : tile.stop]
-        )
+        out_T = np.empty(T, np.float32) if isinstance(tile, StoredTile) else tile.sources_KT.new_empty(T)
         return resolve(tile, weight, softness, sums, out_T)
 
     for part in parts(inputs):
@@ -126,12 +124,17 @@ def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength:
         for part in parts(inputs, base_only=True):
             yield followed(part, held_T[part.start : part.stop], factor)
         return
-    for tile in inputs.tiles():
-        point_T = held_T[tile.start : tile.stop] if held_T is not None else point_of(tile, Moments.of(inputs.K))
-        yield point_T * factor if tile.base_T is None else tile.base_T.add_(point_T, alpha=factor)
+    for part in parts(inputs):
+        point_T = held_T[part.start : part.stop] if held_T is not None else point_of(part, Moments.of(inputs.K))
+        yield followed(base_of(part, inputs.K), point_T, factor) if inputs.has_base else point_T * factor
 
 
-def _follow(inputs: Inputs, factor: float) -> Iterator[Tensor]:
+def _held(inputs: Inputs, *shape: int) -> Values:
+    """The tensor's point, for the passes that follow."""
+    return inputs.hold_array(*shape) if is_stored(inputs) else inputs.hold(*shape)
+
+
+def _follow(inputs: Inputs, factor: float) -> Iterator[Values]:
     """A single source is followed exactly: lerp returns the source itself, to the bit, at 1."""
     import torch
 
@@ -151,15 +154,14 @@ def _matrix(
     rounds: int,
     strength: float,
     seed: int,
-) -> Iterator[Tensor]:
+) -> Iterator[Values]:
     """One panel: rays tile by tile into memory, frames there, then the length and the output in two more passes over tiles."""
-    from yeam.geometry.frames import noise_edge, spread_, spread_spectral_
     from yeam.geometry.length import Moments, agreement, progress_along, step_length
     from yeam.geometry.passes import Along, followed, resolve
 
     stop = start + rows * columns
-    point_MN = inputs.hold(rows, columns)
-    flat_T = point_MN.view(-1)
+    held_MN = _held(inputs, rows, columns)
+    flat_T = held_MN.reshape(-1)
     moments = Moments.of(inputs.K)
     for part in parts(inputs, start, stop):
         resolve(part, weight, softness, moments, flat_T[part.start - start : part.stop - start])
@@ -170,6 +172,14 @@ def _matrix(
         _record(inputs, moments, 0.0, 0.0)
         yield from _base(inputs, start, stop)
         return
+    from yeam.geometry.frames import (  # torch comes with them, after a pass without it
+        noise_edge,
+        spread_,
+        spread_spectral_,
+    )
+
+    inputs.tensors()
+    point_MN = tensor(held_MN)
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
     rounding = sum(factor**2 * share for factor, share in zip(weight, inputs.rounding))
     edge = noise_edge(point_MN.shape, frames if isinstance(frames, int) else None)
@@ -188,7 +198,7 @@ def _matrix(
         yield followed(part, flat_T[part.start - start : part.stop - start], strength * scale * unit)
 
 
-def _mean(inputs: Inputs, start: int, stop: int, weight: PerSource[float], strength: float) -> Iterator[Tensor]:
+def _mean(inputs: Inputs, start: int, stop: int, weight: PerSource[float], strength: float) -> Iterator[Values]:
     """NaN or Inf in a source (`allow_nan`) leave no lengths to go by: elements move by the mean update, each on its own."""
     from yeam.geometry.passes import updates_
 
@@ -197,7 +207,7 @@ def _mean(inputs: Inputs, start: int, stop: int, weight: PerSource[float], stren
         yield mean_T if tile.base_T is None else mean_T.add_(tile.base_T)
 
 
-def _base(inputs: Inputs, start: int, stop: int) -> Iterator[Tensor]:
+def _base(inputs: Inputs, start: int, stop: int) -> Iterator[Values]:
     for tile in inputs.tiles(start, stop, base_only=True):
         assert tile.base_T is not None
         yield tile.base_T

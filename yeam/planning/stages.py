@@ -27,11 +27,15 @@ from yeam.recipe import LoadedRecipe, StageRef
 if TYPE_CHECKING:
     import torch
 
+    from yeam.compiled import Array
+
 
 class Reader(Protocol):
     """Where the values of an intermediate come from; every method as `Checkpoint` has it."""
 
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor: ...
+
+    def read_into(self, name: str, start: int, stop: int, place: Array) -> bool: ...
 
     def extent(self, name: str) -> Extent | None: ...
 
@@ -78,6 +82,9 @@ class StageCheckpoint(Checkpoint):
         if self.reader is None:
             raise YeamError(f"the stage {self.reference!r} was read before it was made", "report this as a defect")
         return self.reader.read(name, start, stop, buffer)
+
+    def read_into(self, name: str, start: int, stop: int, place: Array) -> bool:
+        return self.reader is not None and self.reader.read_into(name, start, stop, place)
 
     def extent(self, name: str) -> Extent | None:
         return None if self.reader is None else self.reader.extent(name)

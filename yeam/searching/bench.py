@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from yeam.engine.device import choose_device
 from yeam.engine.held import Held
 from yeam.engine.memory import anonymous_bytes, default_budget
 from yeam.engine.run import run
-from yeam.engine.stage import choose_device
 from yeam.engine.stages import attach
 from yeam.errors import CheckpointError, ConfigError, UserError, YeamError
 from yeam.evaluation.loading import Loaded

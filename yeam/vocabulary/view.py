@@ -22,6 +22,8 @@ from yeam.vocabulary.rows import Mask
 if TYPE_CHECKING:
     import torch
 
+    from yeam.compiled import Array
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -131,6 +133,9 @@ class VocabularyView(Checkpoint):
     def close(self) -> None:
         self._gatherer.close()
         self._base.close()
+
+    def read_into(self, name: str, start: int, stop: int, place: Array) -> bool:
+        return name not in self._rows and self._base.read_into(name, start, stop, place)
 
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
         rows = self._rows.get(name)
