@@ -22,7 +22,7 @@ from torch import Tensor
 
 import yeam
 from yeam.compiled import Array
-from yeam.engine import copying, dropbehind, readahead, tiles
+from yeam.engine import budget, copying, dropbehind, readahead, tiles
 from yeam.engine import run as engine
 from yeam.engine.stage import CpuStage, CudaStage
 from yeam.errors import CheckpointError
@@ -63,7 +63,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> SmallDevice:
         return SmallStage(torch.device("cpu"), api) if device.type == "cuda" else CpuStage()
 
     monkeypatch.setattr(engine, "stage_for", stage_for)
-    monkeypatch.setattr(engine, "free_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr(budget, "free_bytes", lambda device: 1 << 30)
     monkeypatch.setattr("yeam.engine.device.choose_device", torch.device)
     monkeypatch.setattr("yeam.engine.stepdown.LEAST_TILE", 256)
     return api
@@ -119,10 +119,10 @@ def test_tiles_follow_from_the_free_memory(tmp_path: Path, llama: Llama, recipe:
         wide = Job("wide", (1 << 16, 1 << 10), "BF16", "other", "linear", jobs[0].sources)
         tiles = []
         for free in (80 << 30, 512 << 20, 64 << 20, 0):
-            engine.free_bytes = lambda device, free=free: free  # type: ignore[attr-defined]
-            tiles.append(engine._device_tile([wide], checkpoints, torch.device("cuda")))
-    assert tiles[0] == engine.CUDA_TILE > tiles[1] > tiles[2] and sorted(tiles[:3]) == tiles[2::-1]
-    assert tiles[3] == engine.CUDA_TILE  # a job that has no room whatever the tile does not count
+            budget.free_bytes = lambda device, free=free: free  # type: ignore[attr-defined]
+            tiles.append(budget._device_tile([wide], checkpoints, torch.device("cuda")))
+    assert tiles[0] == budget.CUDA_TILE > tiles[1] > tiles[2] and sorted(tiles[:3]) == tiles[2::-1]
+    assert tiles[3] == budget.CUDA_TILE  # a job that has no room whatever the tile does not count
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_unchanged_tensors_share_blocks(
         write(self, job, offset, data)
 
     monkeypatch.setattr("yeam.engine.output.Output.write", counted)
-    monkeypatch.setattr(engine, "CPU_TILE", 1 << 11)
+    monkeypatch.setattr(budget, "CPU_TILE", 1 << 11)
     report = yeam.merge(config, tmp_path / "shared")
     total = sum(nbytes for _, nbytes, _ in sharing)
     assert total > 0.5 * report.totals["bytes"] and sum(written) == report.totals["bytes"] - total
@@ -253,7 +253,8 @@ def test_many_small_tensors_take_one_lane(
 ) -> None:
     """Two would wait for the interpreter, and for each other; the bytes are the same."""
     config = recipe(llama("a"), llama("b"), merge_method="yeam", base_model=llama("base"))
-    monkeypatch.setattr(engine, "cores", lambda: 3)
+    for module in (engine, budget):
+        monkeypatch.setattr(module, "cores", lambda: 3)
     made: list[bool] = []
 
     class Noted(tiles.Lane):

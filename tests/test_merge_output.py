@@ -42,8 +42,8 @@ def test_bytes_do_not_depend_on_the_machine(tmp_path: Path, llama: Llama, monkey
         ):
             with monkeypatch.context() as patch:
                 patch.setattr("yeam.engine.run.cores", lambda n=lanes: n)
-                patch.setattr("yeam.engine.memory.cores", lambda n=lanes: n)
-                patch.setattr("yeam.engine.run.CPU_TILE", tile)
+                patch.setattr("yeam.engine.budget.cores", lambda n=lanes: n)
+                patch.setattr("yeam.engine.budget.CPU_TILE", tile)
                 out = tmp_path / f"{method}-{number}"
                 yeam.merge({"merge_method": method, "models": models, **keys}, out, memory=memory)
             made.append((out / "model.safetensors").read_bytes())

@@ -80,6 +80,7 @@ def test_the_rest_of_a_merge_has_the_same_bytes(method, llama, recipe, tmp_path,
     """One tensor is left, and could have all processors for itself: sums and factorizations would differ in their last bits."""
     kind = {"hidden": 384, "layers": 1}
     monkeypatch.setattr("yeam.engine.run.cores", lambda: 4)
+    monkeypatch.setattr("yeam.engine.budget.cores", lambda: 4)
     base, a, b = (llama(name, **kind) for name in ("base", "a", "b"))
     path = recipe(a, b, merge_method=method, base_model=base)
     yeam.merge(path, tmp_path / "whole" / "out")

@@ -107,7 +107,7 @@ def test_stages_give_the_bytes_of_merges_by_hand(
 ) -> None:
     monkeypatch.setattr(yeam.engine.stages, "STREAM_TILE", 96)  # tiles of a few rows, so that their edges are many
     monkeypatch.setattr(yeam.engine.stages, "MEMORY", 400)
-    monkeypatch.setattr(yeam.engine.run, "CPU_TILE", 320)
+    monkeypatch.setattr("yeam.engine.budget.CPU_TILE", 320)
     stages = diamond(models["a"], models["b"], models["c"], LAST[last])
     if last == "folders":  # a stage that nothing uses is an error
         del stages[2]

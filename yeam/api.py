@@ -245,8 +245,8 @@ def plan_costs(config: RecipeSource, **options: Any) -> tuple[Plan, dict[str, An
     read_bytes and peak_memory are of all of them, and `stages` has read_bytes and read_by_role of each by name; what passes
     through memory is not counted as read.
     """
+    from yeam.engine.budget import costs_of
     from yeam.engine.memory import default_budget
-    from yeam.engine.run import costs_of
     from yeam.engine.stages import attach
 
     loaded = _load(config, options.pop("overrides", ()), options.pop("like", None))

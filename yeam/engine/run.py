@@ -23,33 +23,29 @@ import xxhash
 from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.dtypes import DTYPES
 from yeam.compiled import KINDS, Values, array, is_compiled, tensor
+from yeam.engine.budget import lanes_for
 from yeam.engine.checks import check_finite, checked_square, culprit
 from yeam.engine.copying import copied
 from yeam.engine.device import CPU, Device
 from yeam.engine.downloads import Downloads
 from yeam.engine.dropbehind import DropBehind
-from yeam.engine.memory import anonymous_bytes, cores, keep_freed_memory, return_freed_memory
+from yeam.engine.memory import cores, keep_freed_memory, return_freed_memory
 from yeam.engine.output import Destination
 from yeam.engine.readahead import ReadAhead
-from yeam.engine.stage import CpuStage, Wait, free_bytes, stage_for
-from yeam.engine.stepdown import LEAST_TILE, is_out_of_memory, stepping_down
-from yeam.engine.tiles import Cancelled, JobInputs, Lane, device_bytes, kept_bytes, stored_kind, tile_bytes
+from yeam.engine.stage import CpuStage, Wait, stage_for
+from yeam.engine.stepdown import is_out_of_memory, stepping_down
+from yeam.engine.tiles import Cancelled, JobInputs, Lane
 from yeam.engine.totals import Pool, Totals
-from yeam.errors import UserError, YeamError
+from yeam.errors import YeamError
 from yeam.methods import method_named
-from yeam.planning.jobs import Input, Job, Plan
+from yeam.planning.jobs import Job, Plan
 
 if TYPE_CHECKING:
     pass
 
-CPU_TILE = 1 << 18  # elements: large enough that calls into torch do not count, small enough for the caches
 MANY = 1 << 11  # tensors that one lane merges alone if they are small: several would wait for the interpreter
 SMALL = 1 << 16  # elements: of more on average they are not
-CUDA_TILE = 1 << 24  # as many elements where the device's free memory allows: more would not be faster
-CUDA_SHARE = 0.8  # of the free memory: the rest is for what methods allocate on the way
-TORCH = 144 << 20  # bytes that importing torch takes, and its first factorization
 WATCH = 0.2  # seconds between looks at the other processes
-AMPLE = 128 << 20  # bytes for a lane's tiles on the CPU: of many sources tiles are shorter, and memory does not grow
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def run(
     todo = [job for job in plan.jobs if job.name not in output.finished]
     if jobs is not None:
         todo = [job for job in jobs if job.name not in output.finished]
-    lanes, fitting, keeps, most = _lanes(plan.jobs, checkpoints, device, memory)
+    lanes, fitting, keeps, most = lanes_for(plan.jobs, checkpoints, device, memory)
     tile = fitting if tile is None else tile
     alone = device.type == "cpu" and len(todo) >= MANY and sum(job.numel for job in todo) < SMALL * len(todo)
     lanes = 1 if alone else max(1, min(lanes, len(todo), cores() // neighbours))
@@ -141,110 +137,6 @@ def run(
             del crew  # with its buffers
             return_freed_memory()
     return time.monotonic() - started
-
-
-def tile_for(plan: Plan, checkpoints: Sequence[Checkpoint], device: Device, memory: int) -> int:
-    """The elements of the plan's tiles, whatever part of it is to be done. Raises UserError where a job cannot fit into `memory`."""
-    return _lanes(plan.jobs, checkpoints, device, memory)[1]
-
-
-def check_memory(plan: Plan, checkpoints: Sequence[Checkpoint], device: Device, memory: int) -> None:
-    """Raise UserError when a job of the plan cannot fit into `memory` bytes, as `run` would."""
-    _lanes(plan.jobs, checkpoints, device, memory)
-
-
-def costs_of(plan: Plan, checkpoints: Sequence[Checkpoint], memory: int) -> dict[str, Any]:
-    """What the plan costs on the CPU: bytes read, in all and by (role, method), and an estimate of peak anonymous memory.
-
-    A tensor that is passed over several times is counted once: the second time it comes from the page cache. One of a stage
-    that passes through memory is not read: what it is computed from is counted there.
-    """
-    by_role: dict[tuple[str, str], int] = {}
-    seen: set[Input] = set()
-    for job in plan.jobs:
-        fresh = dict.fromkeys(i for i in job.reads if i not in seen)
-        seen.update(fresh)
-        nbytes = sum(checkpoints[i.model].tensors[i.tensor].nbytes for i in fresh if not _is_streamed(checkpoints, i))
-        by_role[job.role, job.method] = by_role.get((job.role, job.method), 0) + nbytes
-    resident = max((job.resident for job in plan.jobs), default=0)
-    tile = _ample_tile(plan.jobs, checkpoints)
-    tiles = max((tile_bytes(job, checkpoints, tile) for job in plan.jobs), default=0)
-    before = anonymous_bytes() + _to_import(plan.jobs, checkpoints)
-    lanes = _lane_count(plan.jobs, memory - before, tiles, resident, cores())
-    most = max((job.resident + kept_bytes(job, checkpoints, tile) for job in plan.jobs), default=0)
-    least = before + lanes * (tiles + resident)
-    peak = max(least, min(before + lanes * (tiles + most), memory))
-    return {"read_bytes": sum(by_role.values()), "read_by_role": by_role, "peak_memory": peak}
-
-
-def _to_import(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> int:
-    """Bytes that torch will take where it is not there yet and a job needs it."""
-    return TORCH if "torch" not in sys.modules and any(_needs_torch(job, checkpoints) for job in jobs) else 0
-
-
-def _needs_torch(job: Job, checkpoints: Sequence[Checkpoint]) -> bool:
-    if any(checkpoints[i.model].extent(i.tensor) is None for i in job.reads):
-        return True  # its values are computed, or about to be fetched by who knows whom
-    if job.method == "copy":
-        return DTYPES[job.dtype].is_float and job.dtype not in KINDS
-    return method_named(job.method).tensors or job.exact or stored_kind(job, job, checkpoints) is None
-
-
-def _is_streamed(checkpoints: Sequence[Checkpoint], source: Input) -> bool:
-    return bool(getattr(checkpoints[source.model], "streamed", False))
-
-
-def _lanes(
-    todo: Sequence[Job], checkpoints: Sequence[Checkpoint], device: Device, memory: int
-) -> tuple[int, int, int, int]:
-    """How many jobs run at a time; the elements of a tile, fewer than usual where many sources would not fit; the bytes that each may keep
-    of what it reads; and the most that it keeps and its method holds."""
-    available = memory - anonymous_bytes() - _to_import(todo, checkpoints)
-    tile = _ample_tile(todo, checkpoints) if device.type == "cpu" else _device_tile(todo, checkpoints, device)
-    largest = max(todo, key=lambda job: job.resident, default=None)
-    if largest is None:
-        return 1, tile, 0, 0
-    resident = largest.resident if device.type == "cpu" else 0
-    while True:
-        tiles = max(tile_bytes(job, checkpoints, tile) for job in todo)
-        if resident + tiles <= available or tile <= LEAST_TILE:
-            break
-        tile //= 2
-    if resident + tiles > available:
-        raise UserError(
-            f"{largest.name} {list(largest.shape)} needs {(resident + tiles) >> 20} MiB with method {largest.method}, "
-            f"and of the {memory >> 20} MiB allowed {max(available, 0) >> 20} MiB are left",
-            f"pass --memory {((resident + tiles + memory - available) >> 20) + 64}M or more"
-            + (", or `frames: none`" if "frames" in largest.parameters else ""),
-        )
-    if device.type == "cuda":
-        return 1, tile, 0, largest.resident
-    lanes = _lane_count(todo, available, tiles, resident, cores())
-    kept = [kept_bytes(job, checkpoints, tile) for job in todo]
-    keeps = max(0, min(max(kept), available // lanes - tiles - resident))
-    return lanes, tile, keeps, max(job.resident + (own if own <= keeps else 0) for job, own in zip(todo, kept))
-
-
-def _ample_tile(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> int:
-    """Elements of a tile on the CPU."""
-    tile = CPU_TILE
-    while tile > LEAST_TILE and any(tile_bytes(job, checkpoints, tile) > AMPLE for job in jobs):
-        tile //= 2
-    return tile
-
-
-def _device_tile(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint], device: Device) -> int:
-    """Elements of a tile on a device with memory of its own; jobs that do not fit there at all do not count."""
-    room = CUDA_SHARE * free_bytes(device)
-    tile = CUDA_TILE
-    while tile > LEAST_TILE and any(room - device_bytes(job, checkpoints, tile) < job.resident < room for job in jobs):
-        tile //= 2
-    return tile
-
-
-def _lane_count(todo: Sequence[Job], available: int, tiles: int, resident: int, most: int) -> int:
-    """As many lanes as fit with the largest job in each of them, at most one a core."""
-    return max(1, min(most, len(todo), available // max(1, tiles + resident)))
 
 
 def _order(todo: Sequence[Job], lanes: int) -> deque[Job]:
@@ -330,7 +222,7 @@ class _Crew:
 
     def _on_the_cpu(self, job: Job) -> Lane:
         """A lane for a job that does not fit on the device. Raises UserError where it does not fit into the memory either."""
-        _, tile, *_ = _lanes([job], self._checkpoints, CPU, self._memory)
+        _, tile, *_ = lanes_for([job], self._checkpoints, CPU, self._memory)
         if self._spare is None:  # there is one lane on CUDA, so nobody else makes it at the same time
             self._spare = Lane(CpuStage(), tile, self._halt, threads=True, set_up=self._torch_threads.set_up)
         self._spare.tile_elements = tile

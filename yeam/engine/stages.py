@@ -24,11 +24,12 @@ from yeam.checkpoint import Checkpoint, Extent, open_checkpoint
 from yeam.checkpoint.base import claim
 from yeam.checkpoint.dtypes import DTYPES
 from yeam.compiled import Array, Values, tensor
+from yeam.engine.budget import check_memory
 from yeam.engine.checks import checked_square, culprit
 from yeam.engine.device import Device
 from yeam.engine.output import STAGES, Output
 from yeam.engine.ranks import Alone, Ranks
-from yeam.engine.run import Listener, Progress, check_memory
+from yeam.engine.run import Listener, Progress
 from yeam.engine.stage import CpuStage
 from yeam.engine.target import explained
 from yeam.engine.tiles import JobInputs, Lane, tile_bytes, tile_step

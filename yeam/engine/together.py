@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from yeam.checkpoint.base import Checkpoint
+from yeam.engine.budget import tile_for
 from yeam.engine.device import Device
 from yeam.engine.journal import Journal
 from yeam.engine.output import LOCK, RANK_JOURNAL, Filling, Output
 from yeam.engine.ranks import Alone, Ranks
-from yeam.engine.run import Listener, Progress, run, tile_for
+from yeam.engine.run import Listener, Progress, run
 from yeam.engine.target import explained
 from yeam.errors import OutputError
 from yeam.planning.jobs import Job, Plan

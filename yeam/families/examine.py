@@ -7,9 +7,11 @@ as `other`; nothing here raises on an odd config or name.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from yeam.families.anatomy import Anatomy, Meaning, Shape
@@ -29,6 +31,13 @@ def describe(config: Mapping[str, Any], names_to_shapes: Mapping[str, Shape]) ->
     >>> a.family, a.tensors[q].role, a.stacks["model.layers"].count
     ('llama', 'q', 1)
     """
+    shapes = tuple((name, tuple(shape)) for name, shape in names_to_shapes.items())
+    return _described(json.dumps(config, sort_keys=True, default=str), shapes)
+
+
+@lru_cache(maxsize=4)  # the models of a merge are mostly alike, and each is looked at more than once
+def _described(written: str, shapes: tuple[tuple[str, Shape], ...]) -> Anatomy:
+    config, names_to_shapes = json.loads(written), dict(shapes)
     family, text_path = find_family(config)
     base, matched = find_base(family, names_to_shapes) if family else ("", 0)
     if family is not None and not matched:
@@ -39,8 +48,7 @@ def describe(config: Mapping[str, Any], names_to_shapes: Mapping[str, Shape]) ->
     stacks = {p: replace(s, module=modules.of_stack(p)) for p, s in stacks.items()}
     text = at(config, text_path)
     reader = Reader(family, text if isinstance(text, Mapping) else {}, base, stacks, names_to_shapes)
-    tensors = {name: replace(reader.read(name, tuple(shape)), module=modules.of(name))
-               for name, shape in names_to_shapes.items()}  # fmt: skip
+    tensors = {name: replace(reader.read(name, shape), module=modules.of(name)) for name, shape in shapes}
     _pin_relative_positions(tensors, stacks)
     _mark_vocabulary(config, tensors, names_to_shapes)
     by_module: dict[str, list[str]] = {}
