@@ -82,3 +82,17 @@ def test_devices_are_what_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, problem in (("cuda:2", "there is no device"), ("mps", "not supported"), ("gpu", "unknown device")):
         with pytest.raises(UserError, match=problem):
             device.choose_device(name)
+
+
+def test_a_reading_thread_may_be_the_first_to_need_it(tmp_path: Path, llama: Llama) -> None:
+    """One lane reads ahead on a thread of its own; what is no plain file comes as tensors, and is set up for the lane."""
+    a, b = llama("a"), llama("b")
+    torch.save(load_file(b / "model.safetensors"), b / "pytorch_model.bin")
+    (b / "model.safetensors").unlink()
+    found = {"merge_method": "ties", "base_model": str(a), "models": [{"model": str(b)}], "parameters": {"weight": 1}}
+    one_core = "import os\nos.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n" if sys.platform == "linux" else ""
+    command = [sys.executable, "-c", one_core + MERGE, json.dumps(found), str(tmp_path / "out"), "cpu"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "True"
+    yeam.merge(found, tmp_path / "again", device="cpu")
+    ours, again = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(ours[name], again[name]) for name in again)

@@ -87,7 +87,7 @@ class Checkpoint(ABC):
 
     def read_into(self, name: str, start: int, stop: int, place: Array) -> bool:
         """As `read`, the stored bytes into `place` (uint8, as many as that takes), without torch; False, and nothing done, where that
-        is not all there is to it."""
+        is not all there is to it. True where `extent` is not None."""
         return False
 
     def extent(self, name: str) -> Extent | None:

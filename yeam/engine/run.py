@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -39,9 +39,6 @@ from yeam.engine.totals import Pool, Totals
 from yeam.errors import YeamError
 from yeam.methods import method_named
 from yeam.planning.jobs import Job, Plan
-
-if TYPE_CHECKING:
-    pass
 
 MANY = 1 << 11  # tensors that one lane merges alone if they are small: several would wait for the interpreter
 SMALL = 1 << 16  # elements: of more on average they are not

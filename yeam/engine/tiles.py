@@ -282,6 +282,8 @@ class JobInputs:
         stop = size if stop is None else stop
         whole = (start, stop) == (0, size) and inputs == self._own.inputs
         lane = self._lane
+        if any(self._checkpoints[source.model].extent(source.tensor) is None for source in inputs):
+            lane.tensors()  # here and not where they are read, which may be another thread
         waiting: deque[tuple[Future[_Part], int]] = deque()
         busy: dict[int, list[Wait]] = {}
         slot = 0
@@ -324,7 +326,6 @@ class JobInputs:
     def _fill(self, source: Input, begin: int, end: int, place: Array) -> None:
         checkpoint = self._checkpoints[source.model]
         if not checkpoint.read_into(source.tensor, begin, end, place):
-            self._lane.tensors()
             read_values(checkpoint, source.tensor, begin, end, place)
 
     def _keep(self, nbytes: int) -> Array | None:

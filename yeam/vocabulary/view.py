@@ -135,7 +135,10 @@ class VocabularyView(Checkpoint):
         self._base.close()
 
     def read_into(self, name: str, start: int, stop: int, place: Array) -> bool:
-        return name not in self._rows and self._base.read_into(name, start, stop, place)
+        if name not in self._rows:
+            return self._base.read_into(name, start, stop, place)
+        part = self._leading.get(name)
+        return part is not None and part.checkpoint.read_into(part.tensor, start, stop, place)
 
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
         rows = self._rows.get(name)
