@@ -23,7 +23,7 @@ from quality import rows, sampling, stress, subsets, tasks
 from quality.cache import Cache
 from quality.cells import Bench, Cell, measure
 from quality.family import Spec
-from quality.report import over_seeds, standing
+from quality.report import margin_of, mean_of, over_seeds, standing
 from quality.rivals import named
 from quality.rows import EXPERTS, Rows
 from quality.scoring import Reader
@@ -197,8 +197,10 @@ def test_a_cell_from_training_to_table(tmp_path: Path, monkeypatch: pytest.Monke
 
     expert = {"family": "toy", "regime": "short", "displacement": 0.1, "loss": [2.0, 1.0], "exact": None}
     monkeypatch.setattr(sys, "argv", ["quality"])
-    text = table([found, {**found, "kind": "eight"}], [expert])
-    assert f"**{found['methods']['yeam']['default']['mean']:.3f} ± " in text and "eight: code russian" in text
+    fewer = {**found, "seed": 1, "domains": ["code"], "left_out": ["russian"]}
+    text = table([found, fewer, {**found, "kind": "eight"}], [expert])
+    assert f"**{found['methods']['yeam']['default']['mean']:.3f} ± " in text and "eight: code russian |" in text
+    assert "| code russian (not told: russian in 1 of 2) | 2 |" in text
 
     half = stress.scaled(family, family.own["code"], "half", 0.5)
     ratio = stress.displacement(family.base, half) / stress.displacement(family.base, family.own["code"])
@@ -229,6 +231,26 @@ def test_errors_are_over_seeds_and_the_standing_counts_cells() -> None:
     def cell(ours: float, default: float, tuned: float) -> dict[str, Any]:
         entry = {"default": {"mean": default}, "tuned": {"mean": tuned}}
         return {"seed": 0, "methods": {"yeam": {"default": {"mean": ours}}, "a": entry, "b": entry}}
+
+    def read(seed: int, ours: list[float], theirs: list[float]) -> dict[str, Any]:
+        def entry(parts: list[float]) -> dict[str, Any]:
+            return {
+                "mean": sum(parts) / len(parts),
+                "without": {"code": [(sum(parts) - p) / (len(parts) - 1) for p in parts]},
+            }
+
+        methods = {
+            name: dict.fromkeys(("default", "tuned"), entry(p)) for name, p in {"yeam": ours, "a": theirs}.items()
+        }
+        return {"family": "toy", "seed": seed, "methods": methods}
+
+    cells = [read(0, [0.0, 2.0], [0.5, 2.5]), read(1, [2.0, 4.0], [1.0, 3.0])]
+    found = mean_of(cells, "yeam", "default", "mean")  # of 1 and 3; of both read on one text, 0 + 2 and 2 + 4
+    assert found.value == 2 and found.error == pytest.approx(math.hypot(1, 1))
+    assert mean_of(cells[:1], "yeam", "default", "mean").error == pytest.approx(1)
+    found = margin_of(cells, ["a"])  # -0.5 and 1, the same on both parts of the text
+    assert found.value == pytest.approx(0.25) and found.error == pytest.approx(0.75)
+    assert format(found, "+") == "+0.250 ± 0.750"
 
     place = standing([cell(0.5, 0.4, 0.5), cell(0.5, 0.4, 0.6), cell(0.5, 0.5, 0.52)])
     assert (place.cells, place.above_tuned, place.above_defaults) == (3, 1, 2)

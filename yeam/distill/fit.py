@@ -62,7 +62,7 @@ def fit_strengths(
     text's held-out tenth. Raises UserError for text that is empty or too short, CheckpointError for models that cannot be run or
     read the text as other tokens.
     """
-    from yeam.engine.memory import default_budget
+    from yeam.engine.memory import default_budget, held_already
     from yeam.evaluation.loading import quiet
     from yeam.evaluation.texts import read_documents
     from yeam.planning.stages import Pipeline
@@ -90,7 +90,7 @@ def fit_strengths(
             wanted, agreed = _wanted(target, names[1:], windows_ST, device, scratch, meter)
             from yeam.distill.deltas import make_deltas
 
-            deltas = make_deltas(pipeline, scratch, device=device, memory=budget)
+            deltas = make_deltas(pipeline, scratch, device=device, memory=held_already() + budget)
             return _fit(target, deltas, _roles(recipe), windows_ST, wanted, agreed, meter)
 
 

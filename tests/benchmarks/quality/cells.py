@@ -170,6 +170,7 @@ def measure(bench: Bench, cell: Cell, rivals: list[Rival], *, only_known: bool =
         "seed": cell.seed,
         "regime": cell.regime,
         "kind": cell.kind,
+        "merged": list(cell.own),
         "domains": list(bench.gains(cell, "test")),
         "left_out": [d for d in cell.own if d not in bench.gains(cell, "test")],
         "sources": len(cell.sources),
@@ -188,12 +189,12 @@ def _key(bench: Bench, cell: Cell, rival: Rival) -> dict[str, Any]:
         "least_gain": cell.least_gain,
         "text": bench.text(),
         "rival": [rival.method, rival.strength, rival.settings, rival.weights, STEPS_PER_DOUBLING],
-        "code": _code_of(rival.method),
+        "code": code_of(rival.method),
     } | ({} if strides == FINE else {"strides": list(strides)})
 
 
 @cache
-def _code_of(method: str) -> str:
+def code_of(method: str) -> str:
     """A digest of the code that decides what a method makes: its module, and the geometry that it uses."""
     folder = PACKAGE / "methods"
     module = next(f for f in sorted(folder.glob("*.py")) if f'@merge_method("{method}"' in f.read_text())

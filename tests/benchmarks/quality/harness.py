@@ -1,10 +1,11 @@
 """The same merges through lm_eval (EleutherAI's harness), on three tasks whose data is made here from the test split.
 
     quality_strings    exact answers, greedy, after four solved examples       output_type loglikelihood, acc
-    quality_questions  which of four first lines documents a function          output_type multiple_choice, acc
-    quality_code       held-out modules                                         output_type loglikelihood_rolling, bits_per_byte
+    quality_questions  which of four first lines documents a function          output_type multiple_choice, acc_norm
+    quality_code       the beginnings of held-out modules                       output_type loglikelihood_rolling, bits_per_byte
 
-lm_eval runs as a program of its own, with the interpreter given, offline. The other domains go through `yeam` alone.
+Models of the tiny family stay at chance (1 in 4) on the questions. lm_eval runs as a program of its own, with the interpreter given,
+offline. The other domains go through `yeam` alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,16 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quality.cells import Bench, Cell, measure, update_of
-from quality.report import grouped
+from quality.cells import Bench, Cell, code_of, measure, update_of
+from quality.report import grouped, over_seeds
 from quality.rivals import YEAM, Rival
 from quality.rows import documents, part
 from quality.texts import Item
 
-DOCUMENTS = {"strings": 200, "questions": 200, "code": 8}
+DOCUMENTS = {"strings": 200, "questions": 200, "code": 16}
 CHARACTERS = 2000  # of a module
-METRICS = {"strings": "acc", "questions": "acc", "code": "bits_per_byte"}
+METRICS = {"strings": "acc", "questions": "acc_norm", "code": "bits_per_byte"}
+"""The likeliest choice is the shortest one too often: questions count by character."""
 
 
 def tasks(folder: Path) -> None:
@@ -84,7 +87,7 @@ def _task(name: str, folder: Path) -> dict[str, Any]:
             "doc_to_target": "{{text}}",
             "metric_list": [bits],
         }
-    accuracy = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+    accuracy = {"metric": METRICS[name], "aggregation": "mean", "higher_is_better": True}
     task |= {"doc_to_text": "{{prompt}}", "metric_list": [accuracy]}
     if name == "strings":
         return task | {"output_type": "loglikelihood", "doc_to_target": "{{answer}}"}
@@ -115,7 +118,8 @@ def repeated(bench: Bench, cell: Cell, rivals: list[Rival], python: Path, work: 
             result = told["methods"][rival.name]
             strength = result[setting]["strength"]
             parameters = result["best_parameters"] if setting == "tuned" else rival.settings[0]
-            made = key | {"recipe": [rival.method, parameters, strength, [bench.digest(s) for s in cell.sources]]}
+            sources = [bench.digest(s) for s in (bench.family.base, *cell.sources)]
+            made = key | {"recipe": [rival.method, parameters, strength, sources], "code": code_of(rival.method)}
 
             def run(rival: Rival = rival, parameters: Any = parameters, strength: float = strength) -> Any:
                 update = update_of(bench, cell, rival, parameters)
@@ -161,18 +165,21 @@ def _evaluated(python: Path, model: Path, folder: Path) -> list[dict[str, Any]]:
 
 
 def harness_table(rows: list[dict[str, Any]]) -> str:
-    """As Markdown, a row a model, means over families and seeds."""
+    """As Markdown, a row a model: means over families and seeds, with lm_eval's standard error where there is one of each."""
     merged = " ".join(rows[0]["merged"])
     lines = [
         f"Through lm_eval, merging {merged}:",
         "",
-        "| model | strings (acc) | questions (acc) | code (bits a byte) |",
+        "| model | strings (acc) | questions (acc_norm) | code (bits a byte) |",
         "|---|---|---|---|",
     ]
     for model, group in grouped(rows, lambda row: row["model"]).items():
         told = []
         for task in METRICS:
-            values = [row["value"] for row in group if row["task"] == task]
-            told.append(f"{sum(values) / len(values):.3f}")
+            found = [row for row in group if row["task"] == task]
+            mean = over_seeds((row["seed"], row["value"]) for row in found)
+            if len(found) == 1 and found[0]["stderr"] is not None:
+                mean = replace(mean, error=found[0]["stderr"])
+            told.append(str(mean))
         lines.append(f"| {model} | " + " | ".join(told) + " |")
     return "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quality.rivals import Rival
 from yeam.engine.held import Held
-from yeam.engine.memory import default_budget
+from yeam.engine.memory import default_budget, held_already
 from yeam.engine.run import run
 from yeam.planning.stages import Pipeline
 from yeam.recipe import load_recipe
@@ -43,5 +43,6 @@ def merged(config: dict[str, Any]) -> dict[str, Tensor]:
         stage = pipeline.stages[0]
         held = Held()
         held.begin(stage.plan)
-        run(stage.plan, stage.members.checkpoints, held, device=torch.device("cpu"), memory=default_budget())
+        memory = default_budget() + held_already()  # the family's models are in memory too
+        run(stage.plan, stage.members.checkpoints, held, device=torch.device("cpu"), memory=memory)
     return held.tensors

@@ -1,4 +1,4 @@
-"""What the cells come to: means, standard errors over seeds, and how often YeAM is ahead."""
+"""What the cells come to: means, standard errors over seeds and test sequences, and how often YeAM is ahead."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ BEHIND = 0.03
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and its standard error; of a single seed that of `sampling`, or NaN. count: of cells."""
+    """A mean over seeds and its standard error, NaN where that is not known. count: of cells."""
 
     value: float
     error: float
     count: int
 
     def __str__(self) -> str:
-        return f"{self.value:.3f}" + ("" if math.isnan(self.error) else f" ± {self.error:.3f}")
+        return format(self, "")
+
+    def __format__(self, sign: str) -> str:
+        """`+`: with a sign in any case."""
+        return f"{self.value:{sign}.3f}" + ("" if math.isnan(self.error) else f" ± {self.error:.3f}")
 
 
 def over_seeds(values: Iterable[tuple[int, float]]) -> Mean:
@@ -48,21 +52,52 @@ def value(cell: Result, method: str, setting: str, what: str) -> float:
 
 
 def mean_of(cells: list[Result], method: str, setting: str, what: str) -> Mean:
+    """`what` of a method over cells. Only of mean recovery is the error over test sequences known."""
     found = over_seeds((cell["seed"], value(cell, method, setting, what)) for cell in cells)
-    if what == "mean" and len({cell["seed"] for cell in cells}) == 1:
-        return replace(found, error=sampled([(1 / len(cells), cell, method, setting) for cell in cells]))
-    return found
+    if what != "mean" or not text_known(cells):
+        return found
+    terms = [(weight, cell, method, setting) for weight, cell in zip(weights(cells), cells)]
+    return replace(found, error=together(found.error, sampled(terms)))
+
+
+def margin_of(cells: list[Result], rivals: list[str]) -> Mean:
+    """YeAM's default over the best tuned rival of each cell; what is compared was read on the same sequences."""
+    best = [max(rivals, key=lambda m: value(cell, m, "tuned", "mean")) for cell in cells]
+    found = over_seeds(
+        (cell["seed"], value(cell, "yeam", "default", "mean") - value(cell, m, "tuned", "mean"))
+        for cell, m in zip(cells, best)
+    )
+    if not text_known(cells):
+        return found
+    terms = [
+        term
+        for weight, cell, m in zip(weights(cells), cells, best)
+        for term in ((weight, cell, "yeam", "default"), (-weight, cell, m, "tuned"))
+    ]
+    return replace(found, error=together(found.error, sampled(terms)))
+
+
+def weights(cells: list[Result]) -> list[float]:
+    """What each cell counts in the mean of the seeds' means."""
+    seeds = [cell["seed"] for cell in cells]
+    return [1 / len(set(seeds)) / seeds.count(seed) for seed in seeds]
+
+
+def together(seeds: float, text: float) -> float:
+    """The error over seeds, which share their text, with that of the text; of a single seed (NaN) the latter alone."""
+    return text if math.isnan(seeds) else math.hypot(seeds, text)
+
+
+def text_known(cells: list[Result]) -> bool:
+    """Whether every method of every cell has the parts that an error over test sequences is made of."""
+    return all("without" in entry[s] for c in cells for entry in c["methods"].values() for s in ("default", "tuned"))
 
 
 def sampled(terms: list[tuple[float, Result, str, str]]) -> float:
-    """Standard error of a weighted sum of mean recoveries (weight, cell, method, setting); NaN where the parts of one are not known."""
-    found = [
-        (weight, cell["family"], cell["methods"][method][setting].get("without"))
-        for weight, cell, method, setting in terms
-    ]
-    if any(without is None for _, _, without in found):
-        return math.nan
-    return sampling.error(found)
+    """Standard error over test sequences of a weighted sum of mean recoveries (weight, cell, method, setting)."""
+    return sampling.error(
+        (weight, cell["family"], cell["methods"][method][setting]["without"]) for weight, cell, method, setting in terms
+    )
 
 
 def rivals_of(cells: list[Result]) -> list[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import math
 import platform
 import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from quality.report import BEHIND, Result, ahead_of, grouped, mean_of, rivals_of, sampled, standing, value
+from quality.report import BEHIND, Result, ahead_of, grouped, margin_of, mean_of, rivals_of, standing, text_known
 
 TINY_CASE = "tiny"
 """The stress case of updates scaled down: tuned, any rival scales them up again, and there is nothing to compare with."""
@@ -58,8 +57,11 @@ def _methods(cells: list[Result]) -> Iterator[str]:
     """One row a method: mean and worst recovery and forgetting, at the published default and tuned, over all cells."""
     groups = grouped(cells, lambda c: (c["family"], c["regime"]))
     names = [f"{family} {regime}" for family, regime in groups]
-    over = "over seeds" if len({c["seed"] for c in cells}) > 1 else "over the test sequences"
-    yield f"Mean recovery ± standard error {over}, published default → tuned; what YeAM would reach tuned is in brackets:"
+    known = {"seeds": len({c["seed"] for c in cells}) > 1, "test sequences": text_known(cells)}
+    over = " and ".join(name for name, is_known in known.items() if is_known)
+    error = f" ± standard error over {over}" if over else ""
+    error += " (worst domain and forgetting: over seeds)" if all(known.values()) else ""
+    yield f"Mean recovery{error}, published default → tuned; what YeAM would reach tuned is in brackets:"
     yield ""
     yield "| method | " + " | ".join(names) + " | all | worst domain | forgetting (nats) | YeAM ahead |"
     yield "|---|" + "---|" * (len(names) + 4)
@@ -92,29 +94,27 @@ def _standing(cells: list[Result]) -> Iterator[str]:
     )
 
 
-def _margin_error(group: list[Result], rivals: list[str]) -> str:
-    """Over the test sequences, of the only cell of a group."""
-    if len(group) > 1:
-        return ""
-    best = max(rivals, key=lambda m: value(group[0], m, "tuned", "mean"))
-    error = sampled([(1.0, group[0], "yeam", "default"), (-1.0, group[0], best, "tuned")])
-    return "" if math.isnan(error) else f" ± {error:.3f}"
-
-
 def _cells(cells: list[Result]) -> Iterator[str]:
     yield "| family | regime | merged | seeds | YeAM | best rival at its default | best rival, tuned | margin |"
     yield "|---|---|---|---|---|---|---|---|"
     rivals = rivals_of(cells)
-    groups = grouped(cells, lambda c: (c["family"], c["regime"], c["kind"], " ".join(c["domains"])))
+    groups = grouped(cells, lambda c: (c["family"], c["regime"], c["kind"], " ".join(c["merged"])))
     for (family, regime, kind, merged), group in groups.items():
         ours = mean_of(group, "yeam", "default", "mean")
         best = {s: max(rivals, key=lambda m: mean_of(group, m, s, "mean").value) for s in ("default", "tuned")}
         told = [f"{best[s]} {mean_of(group, best[s], s, 'mean')}" for s in ("default", "tuned")]
-        margins = [
-            value(c, "yeam", "default", "mean") - max(value(c, m, "tuned", "mean") for m in rivals) for c in group
-        ]
-        label = merged if kind == "subset" else f"{kind}: {merged}"
-        margin = f"{sum(margins) / len(margins):+.3f}{_margin_error(group, rivals)}"
+        label = (merged if kind == "subset" else f"{kind}: {merged}") + _left_out(group)
+        margin = format(margin_of(group, rivals), "+")
         if kind == TINY_CASE:
             told[1] = margin = "–"
         yield f"| {family} | {regime} | {label} | {len(group)} | {ours} | {told[0]} | {told[1]} | {margin} |"
+
+
+def _left_out(group: list[Result]) -> str:
+    """Domains that were merged but whose experts gain too little to tell a recovery of, with the seeds where that is so."""
+    told = [
+        f"{domain} in {count} of {len(group)}" if count < len(group) else domain
+        for domain in group[0]["merged"]
+        if (count := sum(domain in c["left_out"] for c in group))
+    ]
+    return f" (not told: {', '.join(told)})" if told else ""
