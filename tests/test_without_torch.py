@@ -27,6 +27,7 @@ RECIPES = {
     "task_arithmetic": {"parameters": {"weight": 0.5}},
     "slerp": {"parameters": {"t": 0.3}},
     "karcher": {},
+    "model_stock": {},
     "ties": {"parameters": {"weight": 0.5, "density": 0.4}},
     "breadcrumbs": {"parameters": {"weight": 0.5, "density": 0.4}},
     "dare_ties": {"parameters": {"weight": 0.5, "density": 0.4}},

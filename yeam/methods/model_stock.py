@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from yeam.methods.derived import joined
-from yeam.methods.gram import delta_gram, deltas, moved
+from yeam.methods.gram import Gram, delta_gram, deltas, moved
 from yeam.methods.inputs import Inputs, Tile
 from yeam.methods.registry import Whole, merge_method
 from yeam.methods.vectors import Vectors
@@ -33,7 +33,7 @@ def _vectors(shape: tuple[int, ...], filter_wise: bool) -> Vectors:
     return Vectors.rows(shape) if filter_wise else Vectors.whole(shape)
 
 
-@merge_method("model_stock", base="required", sources=(2, None), needs=Whole, resident=_resident)
+@merge_method("model_stock", base="required", sources=(2, None), needs=Whole, tensors=False, resident=_resident)
 def model_stock(inputs: Inputs, *, filter_wise: bool = False) -> Iterator[Values]:
     """t · mean of the models + (1 − t) · base with t = K cos θ / (1 + (K − 1) cos θ) (Jang et al. 2024).
 
@@ -42,15 +42,15 @@ def model_stock(inputs: Inputs, *, filter_wise: bool = False) -> Iterator[Values
     not clamped: opposed models give a negative one. Where 1 + (K − 1) cos θ = 0 there is no t, and the base is kept.
     Yields [T] in the working dtype.
     """
-    import torch
-
-    vectors = _vectors(inputs.shape, filter_wise)
     exact = inputs.exact
     if not exact and not filter_wise:
-        t = float(_ratios(*_whole(inputs), torch.float64))
+        t = _ratio(delta_gram(inputs))
         inputs.record(ratio=t)
         yield from moved(inputs, [t / inputs.K] * inputs.K)
         return
+    import torch
+
+    vectors = _vectors(inputs.shape, filter_wise)
     inputs = joined(inputs) if exact else inputs
     square_KV, dot_PV = _products(inputs, vectors)
     ratio_V = _ratios(square_KV, dot_PV, inputs.dtype if exact else torch.float64).to(inputs.dtype)
@@ -68,17 +68,21 @@ def model_stock(inputs: Inputs, *, filter_wise: bool = False) -> Iterator[Values
         yield mean_T
 
 
-def _whole(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Squared norms [K, 1] and products of the pairs [P, 1] of the differences as vectors."""
-    import torch
-
-    gram_KK = torch.tensor(delta_gram(inputs).products, dtype=torch.float64, device=inputs.device)
-    pairs = list(combinations(range(inputs.K), 2))
-    return gram_KK.diagonal()[:, None], torch.stack([gram_KK[i, j] for i, j in pairs])[:, None]
+def _ratio(found: Gram) -> float:
+    """t of the differences as whole vectors."""
+    K = len(found.products)
+    cosines = [
+        min(1.0, max(-1.0, found.products[i][j] / max(found.norm(i) * found.norm(j), LEAST_LENGTHS)))
+        for i, j in combinations(range(K), 2)
+    ]
+    cosine = sum(cosines) / len(cosines)
+    divisor = 1 + (K - 1) * cosine
+    return 0.0 if abs(divisor) < SINGULAR else K * cosine / divisor
 
 
 def _products(inputs: Inputs, vectors: Vectors) -> tuple[Tensor, Tensor]:
-    """The same of each vector, [K, V] and [P, V]: terms in the working dtype, sums in float32 and then float64."""
+    """Squared norms of each vector's differences [K, V] and products of their pairs [P, V]: terms in the working dtype, sums in float32 and
+    then float64."""
     import torch
 
     pairs = list(combinations(range(inputs.K), 2))
