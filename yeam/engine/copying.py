@@ -21,7 +21,7 @@ from yeam.checkpoint.dtypes import DTYPES
 from yeam.compiled import KINDS, Array
 from yeam.engine.checks import check_finite, checked_square
 from yeam.engine.output import Destination
-from yeam.engine.tiles import Cancelled, Lane, read_values, tile_step
+from yeam.engine.tiles import Cancelled, Lane, read_stored, tile_step
 from yeam.errors import YeamError
 from yeam.planning.jobs import Job
 
@@ -40,7 +40,10 @@ def copied(
     (source,) = job.sources
     checkpoint = checkpoints[source.model]
     size = DTYPES[job.dtype].itemsize
-    first, last = shared(checkpoint.extent(source.tensor), output.place(job))
+    extent = checkpoint.extent(source.tensor)
+    if extent is None:
+        lane.tensors()
+    first, last = shared(extent, output.place(job))
     digest, square = xxhash.xxh3_128(), 0.0
     step = tile_step(job, checkpoints, lane.tile_elements)
     for start in range(0, job.numel, step):
@@ -48,9 +51,7 @@ def copied(
             raise Cancelled
         stop = min(start + step, job.numel)
         raw_T = lane.buffer(("read", "", 0, 0), (stop - start) * size)
-        if not checkpoint.read_into(source.tensor, start, stop, raw_T):
-            lane.tensors()
-            read_values(checkpoint, source.tensor, start, stop, raw_T)
+        read_stored(checkpoint, source.tensor, start, stop, raw_T)
         square += _square(raw_T, job, lane, allow_nan, lambda start=start, stop=stop: blame(start, stop))  # type: ignore[misc]
         data = raw_T.data
         digest.update(data)

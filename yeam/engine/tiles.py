@@ -317,16 +317,11 @@ class JobInputs:
         block = self._lane.buffer(("read", self._key, slot), sum(sizes)) if kept is None else kept
         places = [block[stop - size : stop] for stop, size in zip(accumulate(sizes), sizes)]
         for source, place in zip(inputs, places):
-            self._fill(source, begin, end, place)
+            read_stored(self._checkpoints[source.model], source.tensor, begin, end, place)
         part = _Part(begin, end, block, places, [])
         if kept is not None:
             self._kept[begin, end] = part
         return part
-
-    def _fill(self, source: Input, begin: int, end: int, place: Array) -> None:
-        checkpoint = self._checkpoints[source.model]
-        if not checkpoint.read_into(source.tensor, begin, end, place):
-            read_values(checkpoint, source.tensor, begin, end, place)
 
     def _keep(self, nbytes: int) -> Array | None:
         """Memory for what is to be there in the next pass, None where there is no more."""
@@ -362,8 +357,10 @@ class _Part:
     waits: list[Wait]
 
 
-def read_values(checkpoint: Checkpoint, name: str, start: int, stop: int, place: Array) -> None:
-    """Elements [start, stop), which are not simply read, into `place` (uint8)."""
+def read_stored(checkpoint: Checkpoint, name: str, start: int, stop: int, place: Array) -> None:
+    """Elements [start, stop) in their storage type into `place` (uint8); torch is to be set up where `extent` is None."""
+    if checkpoint.read_into(name, start, stop, place):
+        return
     import torch
 
     raw_T = checkpoint.read(name, start, stop, torch.from_numpy(place))
