@@ -393,3 +393,31 @@ def test_a_whole_merge(name: str, math: str, llama: Callable[..., Path], recipe:
         origin, *sources = (file[tensor].to(work) for file in files[:-1])
         values = {"weight": (0.6, 0.6), "density": (0.5, 0.5)}
         assert torch.equal(merge(name, torch.stack(sources), origin, tensor=tensor, **values).to(merged.dtype), merged)
+
+
+@given(
+    rows=st.integers(1, 4),
+    columns=st.sampled_from([1, 2, 33, 700, 70_001]),
+    kind=st.sampled_from(["float32", "bfloat16", "narrow", "one", "special"]),
+    seed=SEED,
+)
+@settings(max_examples=40, deadline=None)
+def test_ranks_are_those_of_a_stable_sort(rows: int, columns: int, kind: str, seed: int) -> None:
+    """Whatever of a magnitude has room beside its column; `narrow`: rows that an outlier leaves only a few words for."""
+    generator = torch.Generator().manual_seed(seed)
+    delta_RN = torch.randn(rows, columns, generator=generator)
+    if kind == "bfloat16":
+        delta_RN = (delta_RN + 0.01 * torch.randn(rows, columns, generator=generator)).bfloat16() - delta_RN.bfloat16()
+        delta_RN = delta_RN.float()
+    elif kind == "narrow":
+        delta_RN = 1 + 1e-6 * delta_RN
+        delta_RN[:, 0] = 1e-30
+    elif kind == "one":
+        delta_RN = delta_RN.sign() * (delta_RN > -1)
+    elif kind == "special":
+        delta_RN[delta_RN > 1.5], delta_RN[delta_RN < -1.5] = float("nan"), -float("inf")
+    order_RN = delta_RN.abs().view(torch.int32).sort(dim=1, stable=True).indices
+    rank_N = torch.arange(columns, dtype=torch.int32)
+    expected_RN = torch.empty_like(order_RN, dtype=torch.int32).scatter_(1, order_RN, rank_N.expand(rows, -1))
+    found = row_ranks.RowRanks(columns).spread(delta_RN.flatten().numpy(), rank_N.numpy())
+    assert np.array_equal(found, expected_RN.flatten().numpy())

@@ -1,5 +1,5 @@
 """Compiled loops (numba) and the tensors that they take: `yeam.geometry.kernels`, `yeam.methods.kernels`,
-`yeam.stored`; torch serves all others.
+`yeam.methods.rank_kernels`, `yeam.stored`; torch serves all others.
 
 A loop is compiled when it is first called, some ten seconds for all of them, and kept for later processes beside the package or in the
 user's cache folder; where neither may be written, every process compiles for itself.

@@ -196,24 +196,6 @@ def cut(x_T, value, left):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def pack_rows(key_RN, out_RN):  # type: ignore[no-untyped-def]
-    """Keys (uint32) in the upper half of int64, their columns in the lower: in that order no two are equal."""
-    rows, columns = key_RN.shape
-    for r in range(rows):
-        for i in range(columns):
-            out_RN[r, i] = (np.int64(key_RN[r, i] & _WORD) << 32) | i
-
-
-@_compiled
-def spread_ranks(packed_RN, by_rank_N, out_RN):  # type: ignore[no-untyped-def]
-    """by_rank_N at the rank that each column of a row has in the sorted order of `pack_rows`."""
-    rows, columns = packed_RN.shape
-    for r in range(rows):
-        for rank in range(columns):
-            out_RN[r, packed_RN[r, rank] & 0xFFFFFFFF] = by_rank_N[rank]
-
-
-@_compiled
 def keep(x_T, key, start, bound_T, held_T, bit, noting):  # type: ignore[no-untyped-def]
     """Multiply x by 1 where its 31-bit random word lies below its bound, by 0 elsewhere.
 

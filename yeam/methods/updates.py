@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from yeam.compiled import Values
 
-RUN = 1 << 16  # elements: with two sources 768 KiB
+RUN = 1 << 17  # elements: with two sources 1.5 MiB
 
 
 @dataclass
