@@ -9,7 +9,11 @@ take), K sources.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 from yeam.compiled import Array, loops
 
@@ -23,10 +27,26 @@ _fused = loops(free=frozenset({"contract"}))
 _summing = loops(free=frozenset({"contract", "reassoc", "nsz"}))
 
 
+def _as_float32(context: Any, x: Any) -> Any:
+    """A word of bfloat16 (uint16) as float32, and float32 as it is: for loops that take either."""
+    if x == types.float32:
+        return types.float32(x), lambda context, builder, signature, values: values[0]
+
+    def widened(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        bits = context.cast(builder, values[0], types.uint16, types.uint32)
+        shifted = builder.shl(bits, context.get_constant(types.uint32, 16))
+        return builder.bitcast(shifted, context.get_value_type(types.float32))
+
+    return types.float32(types.uint16), widened
+
+
+as_float32: Any = intrinsic(_as_float32)
+
+
 @_fused
-def _widen_bfloat16(word_T, bits_T):  # type: ignore[no-untyped-def]
+def _widen_bfloat16(word_T, x_T):  # type: ignore[no-untyped-def]
     for i in range(len(word_T)):
-        bits_T[i] = np.uint32(word_T[i]) << np.uint32(16)
+        x_T[i] = as_float32(word_T[i])
 
 
 @_fused
@@ -46,7 +66,7 @@ def widen(word_S, start, kind, x_T, bits_T):  # type: ignore[no-untyped-def]
     """Elements from `start` on as float32 into x_T, as many as it has; bits_T (uint32) is the same memory."""
     stop = start + len(x_T)
     if kind == 0:
-        _widen_bfloat16(word_S[start:stop], bits_T)
+        _widen_bfloat16(word_S[start:stop], x_T)
     elif kind == 1:
         _widen_float16(word_S[start:stop], x_T, bits_T)
     else:
@@ -56,25 +76,33 @@ def widen(word_S, start, kind, x_T, bits_T):  # type: ignore[no-untyped-def]
 @_fused
 def _scale(x_T, factor, out_T):  # type: ignore[no-untyped-def]
     for i in range(len(out_T)):
-        out_T[i] = factor * x_T[i]
+        out_T[i] = factor * as_float32(x_T[i])
 
 
 @_fused
 def _add(x_T, factor, out_T):  # type: ignore[no-untyped-def]
     for i in range(len(out_T)):
-        out_T[i] += factor * x_T[i]
+        out_T[i] += factor * as_float32(x_T[i])
 
 
 @_fused
 def _add_difference(x_T, base_T, factor, out_T):  # type: ignore[no-untyped-def]
     for i in range(len(out_T)):
-        out_T[i] += factor * (x_T[i] - base_T[i])
+        out_T[i] += factor * (as_float32(x_T[i]) - base_T[i])
 
 
 @_fused
-def _subtract(x_T, base_T):  # type: ignore[no-untyped-def]
+def _subtract(x_T, base_T, out_T):  # type: ignore[no-untyped-def]
     for i in range(len(x_T)):
-        x_T[i] -= base_T[i]
+        out_T[i] = as_float32(x_T[i]) - base_T[i]
+
+
+@_fused
+def _combine_step(x_T, factor, first, out_T):  # type: ignore[no-untyped-def]
+    if first:
+        _scale(x_T, factor, out_T)
+    else:
+        _add(x_T, factor, out_T)
 
 
 @_summing
@@ -94,11 +122,11 @@ def combine(word_VS, kind, factor, out_T):  # type: ignore[no-untyped-def]
         part_T = out_T[start : start + STEP]
         size = len(part_T)
         for v in range(len(factor)):
-            widen(word_VS[v], start, kind, x[:size], bits[:size])
-            if v == 0:
-                _scale(x[:size], factor[v], part_T)
+            if kind == 0:
+                _combine_step(word_VS[v, start : start + size], factor[v], v == 0, part_T)
             else:
-                _add(x[:size], factor[v], part_T)
+                widen(word_VS[v], start, kind, x[:size], bits[:size])
+                _combine_step(x[:size], factor[v], v == 0, part_T)
 
 
 @_fused
@@ -113,8 +141,11 @@ def move(word_VS, kind, factor, out_T):  # type: ignore[no-untyped-def]
         widen(word_VS[K], start, kind, base[:size], base_bits[:size])
         part_T[:] = base[:size]
         for k in range(K):
-            widen(word_VS[k], start, kind, x[:size], bits[:size])
-            _add_difference(x[:size], base[:size], factor[k], part_T)
+            if kind == 0:
+                _add_difference(word_VS[k, start : start + size], base[:size], factor[k], part_T)
+            else:
+                widen(word_VS[k], start, kind, x[:size], bits[:size])
+                _add_difference(x[:size], base[:size], factor[k], part_T)
 
 
 @_fused
@@ -129,7 +160,7 @@ def add_products(word_VS, kind, T, relative, products):  # type: ignore[no-untyp
             widen(word_VS[v], start, kind, x[v, :size], bits[v, :size])
         if relative:
             for k in range(count):
-                _subtract(x[k, :size], x[V - 1, :size])
+                _subtract(x[k, :size], x[V - 1, :size], x[k, :size])
         for i in range(count):
             for j in range(i + 1):
                 products[i, j] += np.float64(_dot(x[i, :size], x[j, :size]))
@@ -145,8 +176,11 @@ def differences(word_VS, kind, start, delta_KT, base_T):  # type: ignore[no-unty
         widen(word_VS[K], start + begin, kind, base, base.view(np.uint32))
         for k in range(K):
             delta = delta_KT[k, begin : begin + size]
-            widen(word_VS[k], start + begin, kind, delta, delta.view(np.uint32))
-            _subtract(delta, base)
+            if kind == 0:
+                _subtract(word_VS[k, start + begin : start + begin + size], base, delta)
+            else:
+                widen(word_VS[k], start + begin, kind, delta, delta.view(np.uint32))
+                _subtract(delta, base, delta)
 
 
 @_fused

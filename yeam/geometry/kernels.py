@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from yeam.compiled import loops
-from yeam.stored import widen
+from yeam.stored import as_float32, widen
 
 STEP = 2048  # elements
 _TINY = np.float32(1.1754944e-38)
@@ -43,15 +43,32 @@ def _block_dots(x_T, y_T, B, out_B):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _update(v_T, base_T, weight):  # type: ignore[no-untyped-def]
+def _update(x_T, base_T, weight, v_T):  # type: ignore[no-untyped-def]
     for i in range(len(v_T)):
-        v_T[i] = weight * (v_T[i] - base_T[i])
+        v_T[i] = weight * (as_float32(x_T[i]) - base_T[i])
 
 
 @_compiled
-def _scaled(v_T, weight):  # type: ignore[no-untyped-def]
+def _scaled(x_T, weight, v_T):  # type: ignore[no-untyped-def]
     for i in range(len(v_T)):
-        v_T[i] *= weight
+        v_T[i] = weight * as_float32(x_T[i])
+
+
+@_compiled
+def _updated(word_S, start, kind, has_base, weight, base_T, v_T, bits_T):  # type: ignore[no-untyped-def]
+    """weight · (x − base) of as many elements as v_T has, from `start` on; bits_T is the same memory as v_T."""
+    if kind == 0:
+        word_T = word_S[start : start + len(v_T)]
+        if has_base:
+            _update(word_T, base_T, weight, v_T)
+        else:
+            _scaled(word_T, weight, v_T)
+    else:
+        widen(word_S, start, kind, v_T, bits_T)
+        if has_base:
+            _update(v_T, base_T, weight, v_T)
+        else:
+            _scaled(v_T, weight, v_T)
 
 
 @_compiled
@@ -155,11 +172,7 @@ def ray_points(word_VS, kind, has_base, weight_K, m, out_T, gram_KK, along_K, sq
         if has_base:
             widen(word_VS[K], start, kind, base_T[:size], base_bits_T[:size])
         for k in range(K):
-            widen(word_VS[k], start, kind, v_KT[k, :size], bits_KT[k, :size])
-            if has_base:
-                _update(v_KT[k, :size], base_T[:size], weight_K[k])
-            else:
-                _scaled(v_KT[k, :size], weight_K[k])
+            _updated(word_VS[k], start, kind, has_base, weight_K[k], base_T[:size], v_KT[k, :size], bits_KT[k, :size])
             for i in range(size, 4 * B):
                 v_KT[k, i] = np.float32(0.0)
         for k in range(K):
@@ -195,10 +208,6 @@ def along(word_VS, kind, has_base, weight_K, point_T, along_K):  # type: ignore[
         if has_base:
             widen(word_VS[K], start, kind, base_T[:size], base_bits_T[:size])
         for k in range(K):
-            widen(word_VS[k], start, kind, v_T[:size], bits_T[:size])
-            if has_base:
-                _update(v_T[:size], base_T[:size], weight_K[k])
-            else:
-                _scaled(v_T[:size], weight_K[k])
+            _updated(word_VS[k], start, kind, has_base, weight_K[k], base_T[:size], v_T[:size], bits_T[:size])
             along_K[k] += _dot(v_T, point_T[start:], size)
         along_K[K] += _dot(point_T[start:], point_T[start:], size)
