@@ -308,6 +308,9 @@ def test_what_mergekit_ignores_is_a_note(llama, recipe, refused, tmp_path):
         for word in ("density", "normalize", "int8_mask", "'t'", "dtype", "embed_slerp")
         if not any(word in n for n in plan.notes)
     ] == []
+    piece = {"sources": [{"model": str(a), "layer_range": [0, 2]}], "residual_weight": 0.5}
+    (note,) = yeam.plan(recipe(merge_method="passthrough", slices=[piece])).notes
+    assert "'residual_weight' is ignored, as in mergekit" in note
     refused(["plan", recipe(a, b, parameters={"weight": 1, "int8_maks": True})], "int8_maks")
     refused(["plan", recipe(a, b, merge_method="yeam", parameters={"int8_mask": True})], "no parameter 'int8_mask'")
 
@@ -327,6 +330,8 @@ def test_missing_things(llama, recipe, refused, tmp_path):
     refused(["inspect", tmp_path / "modles"], "modles", f"did you mean {a}")
     (tmp_path / "empty").mkdir()
     refused(["merge", recipe(a, tmp_path / "empty"), out], "empty", "is empty")
+    (tmp_path / "models--owner--name" / "snapshots" / "abc").mkdir(parents=True)
+    refused(["merge", recipe(a, tmp_path / "models--owner--name"), out], "name the model as owner/name", "/snapshots")
     refused(["merge", recipe(a), out, "--set", "merge_method=liner"], "--set merge_method=liner", "linear")
     refused(["merge", recipe(a), out, "--device", "tpu"], "tpu")
     refused(["merge", recipe(a), out, "--memory", "lots"], "lots")

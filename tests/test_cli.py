@@ -211,3 +211,60 @@ def test_interrupt_that_is_swallowed(pair, tmp_path, monkeypatch):
     assert (status, stdout) == (130, "")
     assert stderr == "error: interrupted\n  run the same command again to continue\n"
     assert after is before
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [("--cuda", "--device cuda"), ("--out-shard-size=5B", "--shard-size"), ("--no-lazy-unpickle", "leave it out")],
+)
+def test_flags_of_mergekit(flag, says, pair, tmp_path):
+    """A flag that mergekit has is a usage error with what to write here."""
+    status, _, stderr = run("merge", pair, tmp_path / "out", flag)
+    said = " ".join(stderr.replace("│", " ").split())
+    assert status == 2 and "is an option of mergekit" in said and says in said and "Possible options" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_closed_stderr(pair, tmp_path):
+    """With stderr closed, no file gets its number, and the merge succeeds."""
+    out = tmp_path / "out"
+    done = subprocess.run(
+        ["bash", "-c", 'exec "$@" 2>&-', "bash", *command("merge", pair, out)], env=environment(), timeout=300
+    )
+    assert done.returncode == 0 and yeam.verify(out).ok
+
+
+def test_full_stdout(pair, tmp_path):
+    """A result that cannot be printed is one message; the merge itself is done."""
+    out = tmp_path / "out"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command("merge", pair, out, "--json"), env=environment(), stdout=full, stderr=subprocess.PIPE, text=True,
+            timeout=300,
+        )  # fmt: skip
+    assert (
+        done.returncode == 2
+        and done.stderr == "error: printing the result: No space left on device\n  free some space\n"
+    )
+    assert out.is_dir()
+
+
+def test_narrow_encoding():
+    """A terminal that takes ASCII only loses some marks, not the table."""
+    done = subprocess.run(
+        command("methods"), env=environment(PYTHONIOENCODING="ascii"), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "task_arithmetic" in done.stdout and done.stderr == ""
+
+
+def test_unreadable_file(pair, tmp_path, monkeypatch):
+    """What the system refuses is for the user to look at, and no defect."""
+
+    def refused(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", "m/tokenizer.json")
+
+    monkeypatch.setattr("yeam.api.merge", refused)
+    status, _, stderr = run("merge", pair, tmp_path / "out")
+    assert (status, stderr) == (
+        2, "error: m/tokenizer.json: Permission denied\n  check the path and its permissions\n",
+    )  # fmt: skip

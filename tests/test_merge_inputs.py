@@ -147,3 +147,13 @@ def test_float8_with_scales(tmp_path: Path, llama: Llama) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
     load(tmp_path / "out")
+
+
+def test_written_as_float8(tmp_path: Path, llama: Llama) -> None:
+    """transformers loads no model *as* float8: config.json names bfloat16, which holds every number of it."""
+    out = tmp_path / "out"
+    ours = merged(out, "linear", entries(llama("a"), llama("b"), weight=1), out_dtype="float8_e4m3fn")
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float8_e4m3fn}
+    model = load(out)
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model.model.norm.weight, ours["model.norm.weight"].bfloat16())

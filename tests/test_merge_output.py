@@ -93,6 +93,17 @@ def test_small_files(tmp_path: Path, llama: Llama, monkeypatch: pytest.MonkeyPat
     assert 0 < written["totals"]["mean_agreement"] <= 1 and written["totals"]["relative_change"] > 0
 
 
+def test_tokenizer_of_another_model(tmp_path: Path, llama: Llama) -> None:
+    """Where the first model has no tokenizer, the output has the first one that there is, and a note says so."""
+    models = [llama("a"), llama("b"), llama("c")]
+    for folder in models[1:]:
+        (folder / "tokenizer.json").write_text(f'{{"of": "{folder.name}"}}')
+    data = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1}} for m in models]}
+    notes = yeam.merge(data, tmp_path / "out").notes
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == {"of": "b"}
+    assert any("a has no tokenizer; the output has that of" in note for note in notes)
+
+
 def test_model_card(tmp_path: Path, llama: Llama) -> None:
     """Front matter that the Hub reads; a hostile name brings no markup of its own."""
     import yaml

@@ -118,8 +118,17 @@ def problems(text: str, **options: Any) -> list[str]:
             "r.yaml:5: slices[0].sources[1].layer_range has 5 layers, the first source of the slice has 4",
         ),
         (
-            "merge_method: p\nslices:\n- sources: [{model: a, layer_range: [0, 4]}]\n  residual_weight: 1",
-            "r.yaml:4: slices[0].residual_weight has no meaning: mergekit accepts the key and ignores it",
+            "merge_method: p\nslices:\n- sources: [{model: a, layer_range: [0, 4]}]\n  residual_weight: [1]",
+            "r.yaml:4: slices[0].residual_weight must be a number, not a list",
+        ),
+        (
+            "base_model: a\ngate_mode: hidden\nexperts:\n- {source_model: b, positive_prompts: [x]}",
+            "r.yaml:3: 'experts' is for mergekit-moe: this recipe builds a mixture of experts from dense models, "
+            "which YeAM does not",
+        ),
+        (
+            "genome:\n  models: [a, b]\n  merge_method: ties",
+            "r.yaml:1: 'genome' is for mergekit-evolve: this recipe searches for the parameters of a merge",
         ),
         (
             "merge_method: p\nmodules:\n  text:\n    paramters: {}",

@@ -138,5 +138,15 @@ def test_load(damage, says, merged):
     assert not check.ok and says in " ".join(check.problems), found.to_text()
 
 
+def test_other_files_beside_a_model(llama):
+    """What others put beside the weights is theirs; a shard that the index does not know is left over."""
+    model = llama("a", shards=2)
+    save_file({"other": torch.ones(2)}, model / "consolidated.safetensors")
+    assert yeam.verify(model).ok
+    save_file({"other": torch.ones(2)}, model / "model-00003-of-00003.safetensors")
+    (problem,) = yeam.verify(model).problems
+    assert "'model-00003-of-00003.safetensors' belongs to no tensor" in problem
+
+
 def test_no_folder(refused, tmp_path):
     refused(["verify", tmp_path / "nowhere"], "is not a folder")

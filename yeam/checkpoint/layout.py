@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Literal
 
 from yeam.checkpoint.folder import listed
@@ -90,6 +91,13 @@ def _nothing(names: Collection[str], where: str, adapter: Mapping[str, Any] | No
         if any(name.endswith(suffix) for name in names):
             return CheckpointError(f"{where}: holds {what} and no weights that YeAM reads", remedy)
     if not names:
+        cached = PurePath(where).name
+        if cached.startswith("models--"):
+            hub_id = cached.removeprefix("models--").replace("--", "/")
+            return CheckpointError(
+                f"{where}: is where the cache of the Hub keeps the revisions of {hub_id}",
+                f"name the model as {hub_id}, or one folder below {where}/snapshots",
+            )
         return CheckpointError(f"{where}: is empty", "check the path, or download the model again")
     return CheckpointError(
         f"{where}: holds no weights: neither *.safetensors nor pytorch_model.bin among {listed(names)}",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import os
+import sys
+
 MANY = 1_000_000  # new objects before garbage is looked for, where no model runs
 
 
@@ -9,6 +13,7 @@ def main() -> None:
     """Entry point of the `yeam` script."""
     import gc
 
+    _standard_streams()
     try:
         from yeam.cli.app import app
 
@@ -19,3 +24,24 @@ def main() -> None:
         raise SystemExit(130) from None
     finally:
         gc.freeze()  # at its end the interpreter would look through all objects for garbage, for half a second
+
+
+def _standard_streams() -> None:
+    """Make stdin, stdout and stderr usable: open where the caller closed them, and no character too much for them.
+
+    A file that is opened later would get the number of a closed one, and with it whatever is printed there.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+        elif (
+            number == 1
+            and hasattr(stream, "reconfigure")
+            and (stream.errors == "strict" or codecs.lookup(stream.encoding).name != "utf-8")
+        ):
+            stream.reconfigure(errors="replace")  # an odd locale shall cost some marks in a table, not the table

@@ -11,6 +11,7 @@ import typer
 from yeam._version import __version__
 from yeam.cli import align, compare, evaluate, inject, inspect, listing, merge, plan, push, report, search, verify
 from yeam.cli.common import handled
+from yeam.cli.mergekit import KnowsMergekit
 from yeam.cli.several import SeveralValues
 from yeam.engine.ranks_store import place_here, rank_here
 from yeam.errors import UserError
@@ -26,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-app.command()(merge.merge)
+app.command(cls=KnowsMergekit)(merge.merge)
 app.command()(plan.plan)
 app.command(cls=SeveralValues)(inject.inject)
 app.command()(inspect.inspect)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import os
 import signal
 import threading
 import traceback
@@ -73,6 +75,7 @@ class Result(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.EIO, errno.ESTALE)
 _INTERRUPTION = ("interrupted", "run the same command again to continue", 130)
 
 
@@ -100,8 +103,7 @@ def handled(debug: bool, as_json: bool = False, *, runs_models: bool = False) ->
         if debug:
             traceback.print_exc()
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        remedy, status = "report it, with the traceback that --debug shows", 1
+        message, remedy, status = _unforeseen(error)
         if interrupts:
             message, remedy, status = _INTERRUPTION
         if debug:
@@ -113,6 +115,17 @@ def handled(debug: bool, as_json: bool = False, *, runs_models: bool = False) ->
             raise typer.Exit(status)
         message = message if message.startswith("rank ") else f"rank {rank}: {message}"
     fail(message, remedy, status, as_json and rank == 0)
+
+
+def _unforeseen(error: Exception) -> tuple[str, str, int]:
+    """Message, remedy and status: a defect, unless the system refuses a file that it names, or has no room left."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = os.fsdecode(error.filename) if error.filename else "printing the result"
+            return f"{where}: {error.strerror}", "free some space", 2
+        if error.filename is not None and error.errno in _REFUSALS:
+            return f"{os.fsdecode(error.filename)}: {error.strerror}", "check the path and its permissions", 2
+    return f"{type(error).__name__}: {error}", "report it, with the traceback that --debug shows", 1
 
 
 @contextmanager
@@ -141,7 +154,12 @@ def fail(message: str, remedy: str, status: int, as_json: bool) -> NoReturn:
     if remedy:
         typer.echo(f"  {remedy}", err=True)
     if as_json:
-        print_json({"error": message, "remedy": remedy, "status": status})
+        try:
+            print_json({"error": message, "remedy": remedy, "status": status})
+        except BrokenPipeError:
+            raise
+        except OSError:  # it was stdout that took nothing
+            pass
     raise typer.Exit(status)
 
 

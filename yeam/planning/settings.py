@@ -56,7 +56,9 @@ def _state_dtype(config: dict[str, Any], jobs: Sequence[Job], asked: bool) -> No
             numbers[job.dtype] += job.numel
     if not numbers:
         return
-    name = DTYPES[max(numbers, key=lambda code: numbers[code])].torch_name
+    dtype = DTYPES[max(numbers, key=lambda code: numbers[code])]
+    # torch computes in no float8, and transformers loads no model as one: bfloat16 holds every number of theirs
+    name = "bfloat16" if dtype.itemsize == 1 else dtype.torch_name
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or (["torch_dtype"] if asked else [])
     config.update(dict.fromkeys(keys, name))
     if asked:

@@ -6,11 +6,21 @@ from yeam.errors import ConfigError
 from yeam.planning.members import Member, Members
 from yeam.recipe import LoadedRecipe
 from yeam.vocabulary.chat import resolve_chat_template
+from yeam.vocabulary.files import vocabulary_files
 from yeam.vocabulary.tokens import vocabularies_differ
 
 
 def tokenizer_donor(members: Members, donor: Member, notes: list[str]) -> Member:
-    """The model whose tokenizer files the output takes where the recipe names none; notes which vocabularies differ."""
+    """The model whose tokenizer files the output takes where the recipe names none; notes which vocabularies differ.
+
+    It is the model whose config the output has, or the first that has a tokenizer, as all have embeddings of one size.
+    """
+    if not vocabulary_files(donor.checkpoint.folder):
+        for other in members:
+            if vocabulary_files(other.checkpoint.folder):
+                notes.append(f"{donor.ref.label} has no tokenizer; the output has that of {other.ref.label}")
+                donor = other
+                break
     for other in members:
         if other is not donor and vocabularies_differ(donor.checkpoint.folder, other.checkpoint.folder):
             notes.append(difference(donor, other))

@@ -6,12 +6,12 @@ What mergekit does not know either is a misspelling, and an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from yeam.methods import Method
-from yeam.recipe import KeyPath, LoadedRecipe, mentioned_parameters
+from yeam.recipe import KeyPath, LoadedRecipe, MergeRecipe, ModuleEntry, mentioned_parameters
 
 METHODS = frozenset((
     "linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "dare_linear", "dare_ties",
@@ -43,8 +43,21 @@ def tolerated(loaded: LoadedRecipe, method: Method) -> tuple[LoadedRecipe, list[
             continue
         places.setdefault((mention.name, why), []).append(loaded.locate(mention.path))
         recipe = _without(recipe, mention.path)
+    why = "neither mergekit nor YeAM gives it a meaning"
+    for path in _residual_weights(recipe):
+        places.setdefault(("residual_weight", why), []).append(loaded.locate(path))
     notes = [f"{where[0]}: {name!r} is ignored, as in mergekit: {why}" for (name, why), where in places.items()]
     return replace(loaded, recipe=recipe) if places else loaded, notes
+
+
+def _residual_weights(recipe: MergeRecipe) -> Iterator[KeyPath]:
+    """Where the key of a slice stands that mergekit's schema has and its code does not read."""
+    blocks: list[tuple[KeyPath, MergeRecipe | ModuleEntry]] = [((), recipe)]
+    blocks += [(("modules", name), module) for name, module in (recipe.modules or {}).items()]
+    for path, block in blocks:
+        for number, piece in enumerate(block.slices or ()):
+            if piece.residual_weight is not None:
+                yield (*path, "slices", number, "residual_weight")
 
 
 def _without(block: Any, path: KeyPath) -> Any:

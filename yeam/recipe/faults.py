@@ -11,13 +11,30 @@ from pydantic import BaseModel, ValidationError
 from yeam.errors import suggest
 from yeam.recipe.problems import KeyPath, Problem, describe
 
+OTHER_TOOLS = {
+    "experts": (
+        "is for mergekit-moe: this recipe builds a mixture of experts from dense models, which YeAM does not",
+        "build it there; what has experts already can be merged here",
+    ),
+    "genome": (
+        "is for mergekit-evolve: this recipe searches for the parameters of a merge",
+        "write the merge as a recipe with ranges (`weight: {search: [0, 1]}`) for `yeam search`",
+    ),
+}
+"""Keys by which recipes of mergekit's other commands are known: what to say, and what to do instead."""
+
 
 def problems_of(error: ValidationError, schema: type[BaseModel]) -> list[Problem]:
     """Every error of a validation of `schema` as a Problem at its path from the root."""
     problems: list[Problem] = []
     mistyped: set[tuple[KeyPath, str]] = set()
     missing: list[KeyPath] = []
-    for item in error.errors(include_url=False):
+    items = error.errors(include_url=False)
+    for item in items:
+        if item["type"] == "extra_forbidden" and len(item["loc"]) == 1 and item["loc"][0] in OTHER_TOOLS:
+            message, remedy = OTHER_TOOLS[str(item["loc"][0])]
+            return [Problem(tuple(item["loc"]), f"{str(item['loc'][0])!r} {message}", "whole", remedy=remedy)]
+    for item in items:
         path: KeyPath = tuple(item["loc"])
         if item["type"] == "recipe":
             problems.extend(problem.below(path) for problem in item["ctx"]["problems"])
@@ -28,6 +45,8 @@ def problems_of(error: ValidationError, schema: type[BaseModel]) -> list[Problem
             hint = suggest(str(path[-1]), known)
             mistyped.update((path[:-1], name) for name in known if repr(name) in hint)
             remedy = "" if hint else f"known there: {', '.join(known)}"
+            if remedy and "parameters" in known:
+                remedy += "; a parameter of the method belongs below `parameters`"
             problems.append(Problem(path, f"unknown key {str(path[-1])!r}", "key", hint, remedy))
         else:
             value = item["input"]

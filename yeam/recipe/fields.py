@@ -124,9 +124,11 @@ def parse_layer_range(value: Any) -> tuple[int, int]:
     return first, end
 
 
-def parse_nothing(value: Any) -> None:
-    if value is not None:
-        raise refuse("has no meaning: mergekit accepts the key and ignores it", "remove residual_weight")
+def parse_ignored(value: Any) -> float | None:
+    """A number that stands in the recipe in vain."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise refuse(f"must be a number, not {describe(value)}", "or leave it out: it has no effect")
+    return value
 
 
 def parse_reference(value: Any, info: ValidationInfo) -> ModelRef:
@@ -193,7 +195,7 @@ DTypeName = Annotated[str, checked(parse_dtype)]
 MathMode = Annotated[str, checked(parse_math)]
 Size = Annotated[int, checked(parse_size)]
 LayerRange = Annotated[tuple[int, int], checked(parse_layer_range), PlainSerializer(_plain_range)]
-Nothing = Annotated[None, checked(parse_nothing)]
+Ignored = Annotated[float | None, checked(parse_ignored)]
 Reference = Annotated[ModelRef, PlainValidator(parse_reference), PlainSerializer(_plain_reference)]
 Parameters = Annotated[Mapping[str, Setting], checked(parse_parameters), PlainSerializer(plain_parameters)]
 Plugins = Annotated[tuple[PluginUse, ...], checked(parse_plugins), PlainSerializer(plain_plugins)]

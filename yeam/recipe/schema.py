@@ -14,9 +14,9 @@ from yeam.recipe.fields import (
     NOT_EMPTY,
     DTypeName,
     Flag,
+    Ignored,
     LayerRange,
     MathMode,
-    Nothing,
     Parameters,
     Plugins,
     Reference,
@@ -56,13 +56,14 @@ class SliceEntry(_Block):
     """Consecutive layers of the output, merged from equally many layers of every source.
 
     `tie`: the slice repeats layers that the output already has, and shall share their weights where the model can.
+    `residual_weight`: mergekit's schema has it and nothing reads it, there or here.
     """
 
     sources: Annotated[tuple[SourceEntry, ...], NOT_EMPTY]
     base_model: Reference | None = None
     parameters: Parameters = Field(default_factory=dict)
     tie: Flag = False
-    residual_weight: Nothing = None
+    residual_weight: Ignored = None
 
     @property
     def layer_count(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 REPORT = "yeam_report.json"
 _INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _TILE = 1 << 24  # bytes at a time
 Listener = Callable[[int, int], None]
 
@@ -132,9 +134,15 @@ def _shards(folder: Path, checkpoint: Checkpoint) -> Check:
     used = {extent.path.name for name in checkpoint.tensors if (extent := checkpoint.extent(name)) is not None}
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     problems = [note for note in checkpoint.notes if not (checkpoint.apart and note.startswith("config.json ties"))]
-    stray = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in used)
+    merged = (folder / REPORT).exists()  # models of others may bring more: Mistral's have consolidated.safetensors
+    stray = sorted(
+        path.name
+        for path in folder.glob("*.safetensors")
+        if path.name not in used and (merged or _SHARD.fullmatch(path.name))
+    )
     if stray and used:
-        problems.append(f"{listed(stray)} belong to no tensor of the model: remove what is left over")
+        verb = "belongs" if len(stray) == 1 else "belong"
+        problems.append(f"{listed(stray)} {verb} to no tensor of the model: remove what is left over")
     if (folder / _INDEX).is_file():
         size = read_json(folder / _INDEX).get("metadata", {}).get("total_size")
         if size is not None and size != total:
