@@ -16,7 +16,9 @@ def main() -> None:
     _standard_streams()
     try:
         from yeam.cli.app import app
+        from yeam.engine.memory import share_one_heap
 
+        share_one_heap()
         # imports and plans make objects by the hundred thousand, and none that goes before the process does
         gc.set_threshold(MANY)
         app()
