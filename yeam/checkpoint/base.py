@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from yeam.checkpoint.dtypes import DTYPES, DType
 
@@ -17,29 +17,27 @@ if TYPE_CHECKING:
     from yeam.compiled import Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TensorInfo:
     """One tensor as a header describes it: `dtype` is a safetensors code (`BF16`), `shape` may be () for a scalar."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    numel: int = field(init=False, repr=False, compare=False)
+    nbytes: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    def __init__(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        numel = math.prod(shape)
+        nbytes = numel * DTYPES[dtype].itemsize
+        self.__dict__.update(name=name, dtype=dtype, shape=shape, numel=numel, nbytes=nbytes)
 
     @property
     def storage(self) -> DType:
         return DTYPES[self.dtype]
 
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.storage.itemsize
 
-
-@dataclass(frozen=True)
-class Extent:
+class Extent(NamedTuple):
     """Where a tensor lies as plain bytes on disk: `path[offset : offset + nbytes]`."""
 
     path: Path
@@ -53,7 +51,8 @@ class Checkpoint(ABC):
     `reference` is what the user wrote, for messages. `folder` holds `config.json`, the tokenizer and the like (for a
     Hub model, a local folder with those small files). `config` is the parsed `config.json`, `{}` where there is none.
     `aliases` maps a name that shares its storage with another tensor to that tensor's name; only the latter is in
-    `tensors`. `apart` are tensors that the config ties to another one though both are stored, with different values.
+    `tensors`. `as_stored`: all tensors lie in local files as they are read: no `extent` is None, no `resident_bytes` but 0, no `facts`.
+    `apart` are tensors that the config ties to another one though both are stored, with different values.
     `notes` are sentences for the user about what was decided while opening (entries ignored, a missing
     index). Readers are thread-safe: several threads may call `read` at once.
     """
@@ -63,6 +62,7 @@ class Checkpoint(ABC):
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     aliases: Mapping[str, str]
+    as_stored: bool = False
     apart: frozenset[str] = frozenset()
     notes: list[str]
 
@@ -89,6 +89,17 @@ class Checkpoint(ABC):
         """As `read`, the stored bytes into `place` (uint8, as many as that takes), without torch; False, and nothing done, where that
         is not all there is to it. True where `extent` is not None."""
         return False
+
+    def read_all(self, names: Sequence[str], place: Array) -> None:
+        """Whole tensors of which none has `extent` None, one after the other, the stored bytes into `place` (uint8).
+
+        Raises CheckpointError when the bytes are not there, as `read`.
+        """
+        at = 0
+        for name in names:
+            info = self.tensors[name]
+            self.read_into(name, 0, info.numel, place[at : at + info.nbytes])
+            at += info.nbytes
 
     def extent(self, name: str) -> Extent | None:
         """Where the tensor lies as raw bytes, for read-ahead and byte copies; None where it is computed on the fly."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ class HubCheckpoint(SafetensorsCheckpoint):
     Without being told what to `expect`, a whole file comes with the first of its tensors. `extent(name)` is None until the
     tensor is here.
     """
+
+    as_stored = False
 
     def __init__(self, reference: str, repository: Repository, headers: Mapping[str, Header], notes: list[str]) -> None:
         super().__init__(reference, repository.folder, headers, notes=notes)
@@ -86,6 +88,9 @@ class HubCheckpoint(SafetensorsCheckpoint):
     def read_into(self, name: str, start: int, stop: int, place: Array) -> bool:
         with self._brought(self.piece(name)) as here:
             return (super().read_into if here else self._read_through)(name, start, stop, place)
+
+    def read_all(self, names: Sequence[str], place: Array) -> None:
+        Checkpoint.read_all(self, names, place)  # one by one: each may have to be fetched
 
     def sample(self, name: str, blocks: int = 64, size: int = 4096) -> bytes:
         with self._brought(self.piece(name), urgent=True):

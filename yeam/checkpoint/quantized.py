@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from yeam.compiled import Array
 
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
+_PACKED_IN = frozenset(("I8", "U8", "I32"))
 _ACTIVATION_SCALES = (
     *("input_scale", "input_scale_ub", "activation_scale", "output_scale"),
     *("q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale"),
@@ -268,6 +269,8 @@ def _is_activation_scale(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
 
 def _refuse(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for weights that are packed into integers, naming the format and a tensor."""
+    if _is_plain(checkpoint.tensors):
+        return
     for name, info in checkpoint.tensors.items():
         found = _packed_format(name, info, checkpoint.tensors)
         if found:
@@ -277,6 +280,12 @@ def _refuse(checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.reference}: is quantised as {found}{said}: tensor {name!r} is not a plain weight", _REMEDY
             )
+
+
+def _is_plain(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether neither a name nor a type gives reason to look closer."""
+    leaves = {name.rpartition(".")[2] for name in tensors}
+    return leaves <= {"weight", "bias"} and _PACKED_IN.isdisjoint({info.dtype for info in tensors.values()})
 
 
 def _packed_format(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str | None:
@@ -301,7 +310,7 @@ def _packed_format(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo
         return "quanto"
     if leaf.endswith("_qdata"):
         return "torchao"
-    if info.dtype in ("I8", "U8", "I32"):
+    if info.dtype in _PACKED_IN:
         if f"{name}_scale_2" in tensors:
             return "nvfp4"
         if f"{name}_scale" in tensors or f"{name}_scale_inv" in tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +33,8 @@ class SafetensorsCheckpoint(Checkpoint):
     `headers` maps a shard's file name to its header. Raises CheckpointError when two shards hold the same tensor.
     Use `open_file`, `open_index` or `open_shards` to make one from disk.
     """
+
+    as_stored = True
 
     def __init__(
         self,
@@ -112,6 +114,20 @@ class SafetensorsCheckpoint(Checkpoint):
             with descriptors.borrow(path, length) as fd:
                 read_exactly(fd, place[: (stop - start) * size].data, begin + start * size, f"{path}: tensor {name!r}")
         return True
+
+    def read_all(self, names: Sequence[str], place: Array) -> None:
+        data, at = place.data, 0
+        runs: list[tuple[Stored, str, int, int]] = []  # of neighbours: where the first lies, its name, where they go
+        for name in names:
+            stored, start, at = self._stored(name), at, at + self.tensors[name].nbytes
+            first, label, begin, _ = runs[-1] if runs else (stored, name, start, start)
+            if runs and stored.path == first.path and stored.begin - first.begin == start - begin:
+                runs[-1] = first, label, begin, at
+            else:
+                runs.append((stored, name, start, at))
+        for (path, length, offset, descriptors), label, begin, end in runs:
+            with descriptors.borrow(path, length) as fd:
+                read_exactly(fd, data[begin:end], offset, f"{path}: tensor {label!r} or one after it")
 
     def _size(self, name: str, start: int, stop: int) -> int:
         """Bytes of an element. Raises ValueError where it has not these elements."""

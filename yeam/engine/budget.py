@@ -13,7 +13,7 @@ from yeam.engine.device import Device
 from yeam.engine.memory import anonymous_bytes, cores
 from yeam.engine.stage import free_bytes
 from yeam.engine.stepdown import LEAST_TILE
-from yeam.engine.tiles import device_bytes, kept_bytes, stored_kind, tile_bytes
+from yeam.engine.tiles import device_bytes, kept_bytes, lies_here, stored_kind, tile_bytes
 from yeam.errors import UserError
 from yeam.methods import method_named
 from yeam.planning.jobs import Input, Job, Plan
@@ -66,6 +66,8 @@ def _unlike(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> list[Job]
     def source(each: Input) -> tuple[Any, ...]:
         checkpoint, name = checkpoints[each.model], each.tensor
         info = checkpoint.tensors[name]
+        if checkpoint.as_stored:
+            return info.dtype, info.shape, 0, False
         return info.dtype, info.shape, checkpoint.resident_bytes(name), checkpoint.extent(name) is None
 
     found: dict[tuple[Any, ...], Job] = {}
@@ -82,7 +84,7 @@ def _to_import(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> int:
 
 
 def _needs_torch(job: Job, checkpoints: Sequence[Checkpoint]) -> bool:
-    if any(checkpoints[i.model].extent(i.tensor) is None for i in job.reads):
+    if not lies_here(job.reads, checkpoints):
         return True  # computed, or not on this machine yet
     if job.method == "copy":
         return DTYPES[job.dtype].is_float and job.dtype not in KINDS

@@ -56,6 +56,10 @@ class Downloads:
         with self._store.changed:
             self._store.changed.notify_all()
 
+    def has(self, job: Job) -> bool:
+        """Whether the job reads something of the Hub."""
+        return bool(self._pieces.get(job.name))
+
     def take(self, job: Job, stopped: Callable[[], bool]) -> None:
         """Wait until everything that the job reads is here, and keep it here. Raises CheckpointError, and Cancelled."""
         pieces, store = self._pieces.get(job.name), self._store
@@ -81,7 +85,8 @@ class Downloads:
 
     def done(self, job: Job) -> None:
         """The job has read all that it needs."""
-        self._store.release(self._pieces.get(job.name, ()), used=True)
+        if pieces := self._pieces.get(job.name):
+            self._store.release(pieces, used=True)
 
     def _wait(self, stopped: Callable[[], bool]) -> None:
         if stopped():

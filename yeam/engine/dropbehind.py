@@ -36,9 +36,10 @@ class DropBehind:
         self._written: deque[Extent] = deque()
         self._bytes = 0
         self._thread: ThreadPoolExecutor | None = None
-        inputs = {source for job in plan.jobs for source in job.reads}
-        total = plan.total_bytes + sum(checkpoints[i.model].tensors[i.tensor].nbytes for i in inputs)
-        self.active = hasattr(os, "posix_fadvise") and total > SHARE * physical_bytes()
+        room = SHARE * physical_bytes() - plan.total_bytes
+        self.active = (
+            hasattr(os, "posix_fadvise") and _all_bytes(checkpoints) > room and _read_bytes(plan, checkpoints) > room
+        )
         if self.active:
             self._left.update(source for job in todo for source in dict.fromkeys(job.reads))
             self._thread = ThreadPoolExecutor(1, "yeam-behind")  # writing out may block
@@ -71,6 +72,16 @@ class DropBehind:
             first = self._written.popleft()
             self._bytes -= first.nbytes
             _dont_need(first)
+
+
+def _all_bytes(checkpoints: Sequence[Checkpoint]) -> int:
+    return sum(info.nbytes for checkpoint in checkpoints for info in checkpoint.tensors.values())
+
+
+def _read_bytes(plan: Plan, checkpoints: Sequence[Checkpoint]) -> int:
+    """Of all that the plan reads, which takes longer to find out than how much there is."""
+    inputs = {source for job in plan.jobs for source in job.reads}
+    return sum(checkpoints[i.model].tensors[i.tensor].nbytes for i in inputs)
 
 
 def _dont_need(extent: Extent) -> None:

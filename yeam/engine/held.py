@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from yeam.checkpoint.base import Extent, claim
 from yeam.checkpoint.dtypes import DTYPES
 from yeam.compiled import Array
+from yeam.engine.bundle import Made
 from yeam.planning.jobs import Job, Plan
 
 if TYPE_CHECKING:
@@ -62,7 +63,17 @@ class Held:
             raw = self._writing[job.name]
         raw.numpy()[offset : offset + data.nbytes] = np.frombuffer(data, dtype=np.uint8)
 
-    def done(self, job: Job, checksum: str, facts: dict[str, Any]) -> None:
+    def write_all(self, jobs: Sequence[Job], data: memoryview) -> None:
+        at = 0
+        for job in jobs:
+            self.write(job, 0, data[at : at + job.nbytes])
+            at += job.nbytes
+
+    def done(self, made: Sequence[Made]) -> None:
+        for each in made:
+            self._done(each.job, each.facts)
+
+    def _done(self, job: Job, facts: dict[str, Any]) -> None:
         import torch
 
         assert self._plan is not None

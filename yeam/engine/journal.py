@@ -38,12 +38,12 @@ class Journal:
         self.plan, self.tile, self.entries = plan, None, []
         self.append({"plan": plan})
 
-    def append(self, entry: Entry) -> None:
-        """Write one line, from any thread. It is in the kernel's hands when this returns."""
+    def append(self, *entries: Entry) -> None:
+        """Write a line for each entry, from any thread. They are in the kernel's hands when this returns."""
+        lines = memoryview("".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
         with self._guard:
-            line = memoryview((json.dumps(entry) + "\n").encode())
-            while line:
-                line = line[os.write(self._fd, line) :]
+            while lines:
+                lines = lines[os.write(self._fd, lines) :]
 
     def sync(self) -> None:
         """Wait until everything is on the disk, or with the server of a network file system."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from yeam.checkpoint.base import Extent
+from yeam.engine.bundle import Made
 from yeam.engine.journal import Entry, Journal, read_journal
 from yeam.engine.shards import Shards
 from yeam.engine.target import check_output_free, explained, partial_path
@@ -48,8 +49,11 @@ class Destination(Protocol):
     def write(self, job: Job, offset: int, data: memoryview) -> None:
         """Bytes of a tensor, `offset` bytes from its beginning, in order for each tensor. From several threads."""
 
-    def done(self, job: Job, checksum: str, facts: dict[str, Any]) -> None:
-        """Every byte of the tensor has been written."""
+    def write_all(self, jobs: Sequence[Job], data: memoryview) -> None:
+        """All bytes of several tensors, one after the other."""
+
+    def done(self, made: Sequence[Made]) -> None:
+        """Every byte of these tensors has been written."""
 
     def place(self, job: Job) -> Extent | None:
         """Where the tensor's bytes lie on the disk; None in memory."""
@@ -72,14 +76,20 @@ class Filling:
         with explained(self.partial):
             self._shards.write(job, offset, data)
 
-    def done(self, job: Job, checksum: str, facts: dict[str, Any]) -> None:
-        """Note in the journal that every byte of the tensor is written."""
-        assert self._journal is not None
-        entry: Entry = {"tensor": job.name, "xxh3": checksum, "facts": facts}
+    def write_all(self, jobs: Sequence[Job], data: memoryview) -> None:
+        """Write all bytes of several tensors, one after the other in `data`. Safe from several threads. Raises OutputError."""
         with explained(self.partial):
-            self._journal.append(entry)
-            self._shards.done(job)
-        self.finished[job.name] = entry
+            self._shards.write_all(jobs, data)
+
+    def done(self, made: Sequence[Made]) -> None:
+        """Note in the journal that every byte of the tensors is written."""
+        assert self._journal is not None
+        entries: list[Entry] = [{"tensor": m.job.name, "xxh3": m.checksum, "facts": m.facts} for m in made]
+        with explained(self.partial):
+            self._journal.append(*entries)
+            for each in made:
+                self._shards.done(each.job)
+        self.finished.update((entry["tensor"], entry) for entry in entries)
 
     def place(self, job: Job) -> Extent | None:
         """Where the tensor's bytes lie in the file that is being written."""

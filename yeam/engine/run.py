@@ -24,6 +24,7 @@ from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.dtypes import DTYPES
 from yeam.compiled import KINDS, Values, array, is_compiled, tensor
 from yeam.engine.budget import lanes_for
+from yeam.engine.bundle import Made, bundles, computed, taken
 from yeam.engine.checks import check_finite, checked_square, culprit
 from yeam.engine.copying import copied
 from yeam.engine.device import CPU, Device
@@ -115,6 +116,7 @@ def run(
         pool,
         memory,
         torch_threads,
+        tile if alone else 0,
     )
     with (
         torch_threads,
@@ -161,6 +163,7 @@ class _Crew:
         pool: Pool | None,
         memory: int,
         torch_threads: _TorchThreads,
+        together: int,
     ) -> None:
         self._memory = memory
         self._torch_threads = torch_threads
@@ -171,7 +174,8 @@ class _Crew:
         self._output = output
         self._totals = Totals(plan, checkpoints, pool)
         self._halt = threading.Event()
-        self._results: SimpleQueue[Job | BaseException] = SimpleQueue()
+        self._results: SimpleQueue[Sequence[Job] | BaseException] = SimpleQueue()
+        self._together = together
         spare = self._on_the_cpu if device.type == "cuda" else None
         self._lanes = [
             Lane(
@@ -197,13 +201,14 @@ class _Crew:
             self._threads.append(thread)
 
     def results(self, count: int, watch: Callable[[], None] | None) -> Iterator[Job]:
-        for _ in range(count):
+        while count > 0:
             result = self._next(watch)
             if isinstance(result, BaseException):
                 raise result
-            yield result
+            count -= len(result)
+            yield from result
 
-    def _next(self, watch: Callable[[], None] | None) -> Job | BaseException:
+    def _next(self, watch: Callable[[], None] | None) -> Sequence[Job] | BaseException:
         while watch is not None:
             watch()
             with contextlib.suppress(Empty):
@@ -233,21 +238,48 @@ class _Crew:
                     with self._taking:
                         if not todo:
                             return
-                        job = todo.popleft()
+                        jobs = taken(todo, self._together, self._downloads.has)
                         ahead.upcoming(todo)
-                    self._carry_out(job, lane)
-                    self._results.put(job)
+                    self._carry_out(jobs, lane)
         except Cancelled:
             pass
         except BaseException as error:
             self._halt.set()
             self._results.put(error)
 
-    def _carry_out(self, job: Job, lane: Lane) -> None:
+    def _carry_out(self, jobs: Sequence[Job], lane: Lane) -> None:
+        """Several jobs that are small, or one. What is finished is noted, whatever happens to the rest."""
+        made: list[Made] = []
+        try:
+            for bundle in bundles(jobs, self._checkpoints):
+                made += self._bundle(bundle, lane) or [self._made(job, lane) for job in bundle]
+        finally:
+            if made:
+                self._output.done(made)
+                for each in made:
+                    self._downloads.done(each.job)
+                    self._behind.done(each.job)
+                self._results.put([each.job for each in made])
+
+    def _bundle(self, jobs: Sequence[Job], lane: Lane) -> list[Made] | None:
+        """Jobs that are computed as one and written; None where they are to be carried out one by one."""
+        if len(jobs) == 1:
+            return None
+        found = computed(jobs, self._checkpoints, lane, self._totals, self._culprit, allow_nan=self._plan.allow_nan)
+        if found is None:
+            return None
+        made, buffer = found
+        self._output.write_all(jobs, buffer.data)
+        return made
+
+    def _culprit(self, job: Job, start: int, stop: int) -> YeamError:
+        return culprit(job, self._checkpoints, start, stop)
+
+    def _made(self, job: Job, lane: Lane) -> Made:
         self._downloads.take(job, self._halt.is_set)  # before tiles are cut by where its bytes lie
 
         def blame(start: int, stop: int) -> YeamError:
-            return culprit(job, self._checkpoints, start, stop)
+            return self._culprit(job, start, stop)
 
         if job.method == "copy":
             checksum, facts = copied(job, self._checkpoints, self._output, lane, blame, allow_nan=self._plan.allow_nan)
@@ -258,9 +290,7 @@ class _Crew:
         found = {i.model: f for i in job.reads if (f := self._checkpoints[i.model].facts(i.tensor))}
         if found:
             facts["inputs"] = {self._plan.models[model].label: fact for model, fact in found.items()}
-        self._output.done(job, checksum, facts)
-        self._downloads.done(job)
-        self._behind.done(job)
+        return Made(job, checksum, facts)
 
     def _computed(self, job: Job, lane: Lane, blame: Callable[[int, int], YeamError]) -> tuple[str, dict[str, Any]]:
         """The checksum and the facts of a tensor that a method makes."""

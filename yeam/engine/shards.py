@@ -7,7 +7,8 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -75,6 +76,16 @@ class Shards:
     def write(self, job: Job, offset: int, data: memoryview) -> None:
         """Write bytes of a tensor at `offset` from its beginning. Safe from several threads."""
         _pwrite(self._fds[job.shard], data, job.begin + offset)
+
+    def write_all(self, jobs: Sequence[Job], data: memoryview) -> None:
+        """Write all bytes of several tensors, one after the other in `data`; neighbours in a file together."""
+        at, start, first = 0, 0, jobs[0]
+        for before, job in pairwise(jobs):
+            at += before.nbytes
+            if (before.shard, before.end) != (job.shard, job.begin):
+                self.write(first, 0, data[start:at])
+                start, first = at, job
+        self.write(first, 0, data[start:])
 
     def done(self, job: Job) -> None:
         """Every byte of the tensor is written. Safe from several threads."""

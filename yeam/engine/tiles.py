@@ -11,7 +11,7 @@ import contextlib
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -282,7 +282,7 @@ class JobInputs:
         stop = size if stop is None else stop
         whole = (start, stop) == (0, size) and inputs == self._own.inputs
         lane = self._lane
-        if any(self._checkpoints[source.model].extent(source.tensor) is None for source in inputs):
+        if not lies_here(inputs, self._checkpoints):
             lane.tensors()  # here and not where they are read, which may be another thread
         waiting: deque[tuple[Future[_Part], int]] = deque()
         busy: dict[int, list[Wait]] = {}
@@ -317,11 +317,14 @@ class JobInputs:
         block = self._lane.buffer(("read", self._key, slot), sum(sizes)) if kept is None else kept
         places = [block[stop - size : stop] for stop, size in zip(accumulate(sizes), sizes)]
         for source, place in zip(inputs, places):
-            read_stored(self._checkpoints[source.model], source.tensor, begin, end, place)
+            self._fill(source, begin, end, place)
         part = _Part(begin, end, block, places, [])
         if kept is not None:
             self._kept[begin, end] = part
         return part
+
+    def _fill(self, source: Input, begin: int, end: int, place: Array) -> None:
+        read_stored(self._checkpoints[source.model], source.tensor, begin, end, place)
 
     def _keep(self, nbytes: int) -> Array | None:
         """Memory for what is to be there in the next pass, None where there is no more."""
@@ -374,6 +377,15 @@ def stored_kind(job: Job, own: Job | Companion, checkpoints: Sequence[Checkpoint
     return KINDS.get(found.pop()) if len(found) == 1 and job.work == "F32" else None
 
 
+def lies_here(inputs: Iterable[Input], checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether these tensors lie as plain bytes in local files."""
+    for source in inputs:
+        checkpoint = checkpoints[source.model]
+        if not checkpoint.as_stored and checkpoint.extent(source.tensor) is None:
+            return False
+    return True
+
+
 def tile_step(job: Job | Companion, checkpoints: Sequence[Checkpoint], tile_elements: int) -> int:
     """Elements of a tile: `tile_elements`, or whole rows where an input is computed row by row (LoRA, scales)."""
     granule = math.lcm(job.shape[-1], 4) if _by_rows(job, checkpoints) else ALIGN
@@ -381,7 +393,7 @@ def tile_step(job: Job | Companion, checkpoints: Sequence[Checkpoint], tile_elem
 
 
 def _by_rows(job: Job | Companion, checkpoints: Sequence[Checkpoint]) -> bool:
-    return len(job.shape) > 1 and any(checkpoints[i.model].extent(i.tensor) is None for i in job.inputs)
+    return len(job.shape) > 1 and not lies_here(job.inputs, checkpoints)
 
 
 def tile_bytes(job: Job, checkpoints: Sequence[Checkpoint], tile_elements: int) -> int:

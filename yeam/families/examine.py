@@ -48,7 +48,9 @@ def _described(written: str, shapes: tuple[tuple[str, Shape], ...]) -> Anatomy:
     stacks = {p: replace(s, module=modules.of_stack(p)) for p, s in stacks.items()}
     text = at(config, text_path)
     reader = Reader(family, text if isinstance(text, Mapping) else {}, base, stacks, names_to_shapes)
-    tensors = {name: replace(reader.read(name, shape), module=modules.of(name)) for name, shape in shapes}
+    tensors = {name: reader.read(name, shape) for name, shape in shapes}
+    if modules.kind != "plain":
+        tensors = {name: replace(meaning, module=modules.of(name)) for name, meaning in tensors.items()}
     _pin_relative_positions(tensors, stacks)
     _mark_vocabulary(config, tensors, names_to_shapes)
     by_module: dict[str, list[str]] = {}

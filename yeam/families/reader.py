@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 
 from yeam.families import infer
 from yeam.families.anatomy import Meaning, Place, Shape
@@ -32,22 +33,38 @@ class Reader:
         if family is not None:
             self._outer = [(base, family.pre, "pre"), (base, family.post, "post")]
             self._outer += [(prefix, family.head, "post") for prefix in ancestors]
-        self._beside: dict[str, set[str]] = {}
-        for name in shapes:
+        self._names = tuple(shapes)
+        self._alike: dict[tuple[str, str, Shape], Meaning] = {}
+
+    @cached_property
+    def _beside(self) -> dict[str, set[str]]:
+        """What every module has in it."""
+        found: dict[str, set[str]] = {}
+        for name in self._names:
             parts = name.split(".")
             for i in range(1, len(parts) + 1):
-                self._beside.setdefault(".".join(parts[: i - 1]), set()).add(parts[i - 1])
-        self._state_space = infer.state_space_blocks(shapes)
+                found.setdefault(".".join(parts[: i - 1]), set()).add(parts[i - 1])
+        return found
+
+    @cached_property
+    def _state_space(self) -> frozenset[str]:
+        return infer.state_space_blocks(self._names)
 
     def read(self, name: str, shape: Shape) -> Meaning:
         found = locate(self.stacks, name)
         if found is None:
             return self._outside(name, shape)
         stack, layer, rest = found
-        sites = self._own.get(stack.prefix)
+        alike = self._alike.get((stack.prefix, rest, shape))
+        if alike is not None:  # what the table says of a tensor, it says in every layer
+            return _in_layer(alike, layer)
+        sites, noted = self._own.get(stack.prefix), len(self.notes)
         known = _look_up(sites, rest) if sites is not None else None
         site, is_bias = known or self._infer(name, rest, shape, True)
-        return self._meaning(name, site, is_bias, shape, "layer", known is not None, rest, stack.prefix, layer)
+        meaning = self._meaning(name, site, is_bias, shape, "layer", known is not None, rest, stack.prefix, layer)
+        if known is not None and len(self.notes) == noted:
+            self._alike[stack.prefix, rest, shape] = meaning
+        return meaning
 
     def _outside(self, name: str, shape: Shape) -> Meaning:
         for prefix, sites, place in self._outer:
@@ -89,6 +106,11 @@ class Reader:
         )  # fmt: skip
 
 
+def _in_layer(m: Meaning, layer: int) -> Meaning:
+    """As dataclasses.replace, in a third of the time."""
+    return Meaning(m.role, m.roles, m.site, m.stack, layer, m.place, m.module, m.expert, m.view, m.vocab_axis)
+
+
 def _look_up(sites: Mapping[str, str], rest: str) -> tuple[str, bool] | None:
     """(site, is a bias) of a path by the table, or None. The whole name first, then its module."""
     module, _, last = rest.rpartition(".")
@@ -103,11 +125,20 @@ def find_base(family: Family, names: Iterable[str]) -> tuple[str, int]:
     """The prefix of the base model here (`model.`, ``, `language_model.model.`), and how many names fit it."""
     votes: dict[str, int] = {}
     outer = {**family.pre, **family.post}
+    stacks = [
+        (re.compile(rf"((?:.*\.)?){re.escape(path)}\.\d+\.(.+)$"), sites, dict[str, bool]())
+        for path, sites in family.stacks.items()
+    ]
     for name in names:
-        for path, sites in family.stacks.items():
-            found = re.match(rf"((?:.*\.)?){re.escape(path)}\.\d+\.(.+)$", name)
-            if found and _look_up(sites, found.group(2)):
-                votes[found.group(1)] = votes.get(found.group(1), 0) + 1
+        for pattern, sites, fits in stacks:
+            found = pattern.match(name)
+            if found is None:
+                continue
+            prefix, rest = found.groups()
+            if rest not in fits:
+                fits[rest] = _look_up(sites, rest) is not None
+            if fits[rest]:
+                votes[prefix] = votes.get(prefix, 0) + 1
         for path in outer:
             if name.endswith(f"{path}.weight") and (prefix := name[: -len(path) - 7])[-1:] in ("", "."):
                 votes[prefix] = votes.get(prefix, 0) + 1

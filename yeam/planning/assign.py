@@ -101,9 +101,11 @@ def _copy(owner: Owner, outlined: Outlined) -> Job:
     )
 
 
-def _parameters(loaded: LoadedRecipe, method: Method, outlined: Outlined) -> dict[str, Any]:
+def _parameters(loaded: LoadedRecipe, method: Method, outlined: Outlined) -> Mapping[str, Any]:
     """Every parameter of the method for this tensor by keyword, validated; per-model ones as one value a source."""
     group = outlined.group
+    if outlined.t in group.values:
+        return group.values[outlined.t]
     where = loaded.locate(group.path)
     common: dict[str, Any] = {"output_name": outlined.name, "t": outlined.t, "roles": outlined.meaning.roles}
     values: dict[str, Any] = {}
@@ -134,6 +136,8 @@ def _parameters(loaded: LoadedRecipe, method: Method, outlined: Outlined) -> dic
                 )
             row.append(parameter.default[0] if found is None else parameter.check(found, where))
         values[parameter.keyword] = tuple(row)
+    if not group.resolver.is_filtered:
+        group.values[outlined.t] = values
     return values
 
 
@@ -173,16 +177,16 @@ def _check_shapes(loaded: LoadedRecipe, outlined: Outlined, owners: Sequence[Own
     (first, name), *others = owners
     own = donor.find(outlined.name, donor) if outlined.layer is None else None
     info = first.member.info(name)
-    where = loaded.locate(outlined.group.path)
     for member, stored in [*((seat.member, stored) for seat, stored in others), *([(donor, own)] if own else [])]:
         other = member.info(stored)
+        if other.shape == info.shape and other.storage.is_float == info.storage.is_float:
+            continue
+        where = loaded.locate(outlined.group.path)
         if other.storage.is_float != info.storage.is_float:
             raise CheckpointError(
                 f"{where}: {outlined.name} is {info.dtype} in {first.member.ref} and {other.dtype} in {member.ref}",
                 "merge models that are stored as floats, or quantised in one way",
             )
-        if other.shape == info.shape:
-            continue
         axis = outlined.meaning.vocab_axis
         if axis is not None and _without(info.shape, axis) == _without(other.shape, axis):
             raise CheckpointError(

@@ -32,7 +32,8 @@ Found = tuple[Seat, str | None]
 class Group:
     """The models that are merged over the same output tensors: every entry of the recipe, and the method's base.
 
-    `layers` is the depth of a slice, None for whole models.
+    `layers` is the depth of a slice, None for whole models. `values` are the parameters known so far by the place along
+    gradients, where that decides them.
     """
 
     seats: tuple[Seat, ...]
@@ -41,6 +42,7 @@ class Group:
     path: KeyPath
     module: str | None = None
     layers: int | None = None
+    values: dict[float, Mapping[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     def is_base(self, seat: Seat) -> bool:
         """A listed base is no source; the base model's other layers are."""

@@ -135,7 +135,8 @@ class Resolver:
 
     A value comes from the source (`models[i]` or `sources[i]`), else from the slice, the module, the top level. A
     filter list that picks nothing, or null, passes on to the next level. `Resolver.of` builds one from a recipe;
-    resolvers made from it by `at` share its record of the filters that matched.
+    resolvers made from it by `at` share its record of the filters that matched. Where it is not `is_filtered`, a value
+    depends on the source and on `t` alone.
     """
 
     def __init__(
@@ -153,6 +154,7 @@ class Resolver:
         self._log = FilterLog() if log is None else log
         levels = [*self._shared, *(level for _, level in self._sources)]
         self._given = frozenset(name for level in levels for name in level.parameters)
+        self.is_filtered = any(filters_of(setting) for level in levels for setting in level.parameters.values())
 
     @classmethod
     def of(cls, loaded: LoadedRecipe, known_roles: Collection[str] | None = None) -> Resolver:

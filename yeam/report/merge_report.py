@@ -150,6 +150,8 @@ def _totals(plan: Plan, tensors: list[dict[str, Any]]) -> dict[str, Any]:
 
 def finite(value: Any) -> Any:
     """JSON types with None for every NaN and Inf, at any depth; tuples become lists."""
+    if isinstance(value, str | int):
+        return value
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
