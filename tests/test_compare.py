@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, WEIGHTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -105,6 +105,14 @@ def test_same(llama):
     found = yeam.compare(untied, a, device="cpu")
     head = next(row for row in found.tensors if row.name == "lm_head.weight")
     assert head.relative_norm == pytest.approx(0.5) and head.cosine == pytest.approx(1) and found.only_a == ()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_tied_with_untied(first, llama):
+    """A head of its own is compared with the embedding that the other's is tied to, whichever comes first."""
+    tied, own = llama("a", tied=True), llama("b", tied=False)
+    found = yeam.compare(*((tied, own) if first else (own, tied)), spectrum=False)
+    assert {row.name for row in found.tensors} == set(load_file(own / WEIGHTS)) and not found.only_a + found.only_b
 
 
 def test_bad_input(llama, refused, tmp_path):

@@ -241,6 +241,16 @@ def test_refused(options, says, text, tmp_path, refused):
     refused(["eval", BASE, *(str(o).format(tmp=tmp_path, text=text) for o in options)], says)
 
 
+def test_masked_language_model(text, tmp_path, refused):
+    """A model that sees what it would have to predict is no causal one, though transformers would run it."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    size = {"vocab_size": 2048, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    BertForMaskedLM(BertConfig(**size, num_attention_heads=2)).save_pretrained(tmp_path / "bert")
+    shutil.copy(BASE / "tokenizer.json", tmp_path / "bert")
+    refused(["eval", tmp_path / "bert", "--text", text], "BertForMaskedLM", "sees the tokens")
+
+
 def test_broken_models(text, tmp_path, refused):
     """NaN is traced to its tensor; missing weights are not made up; code of a folder is not run."""
     models = {name: shutil.copytree(BASE, tmp_path / name) for name in ("nan", "part", "code", "mute")}

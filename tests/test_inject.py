@@ -351,7 +351,8 @@ def test_bad_input(tmp_path: Path, llama: Llama, refused: Callable[..., str]) ->
     common = ["inject", "--target", target, "--base", base, "--out", out]
 
     def refuse(*words: object, texts: Sequence[str], sources: Sequence[Path] = (a,)) -> None:
-        refused([*common, "--sources", *sources, *words], *texts, inputs=[target, base, a])
+        said = refused([*common, "--sources", *sources, *words], *texts, inputs=[target, base, a])
+        assert "recipe" not in said and "plugin" not in said  # the user wrote none
         assert not out.exists()
 
     refuse(texts=["width 32", "scale_up"], sources=[wide])

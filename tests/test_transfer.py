@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from safetensors.torch import load_file, save_file
 from transfer_models import (
     KINDS,
@@ -175,6 +176,14 @@ def test_a_tuned_model_takes_the_alignment_of_its_base(tmp_path: Path) -> None:
     moved, original = load_file(tmp_path / "out/model.safetensors"), load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.gate_proj.weight"  # permuted, rotated, and scaled by norms only
     assert 0.01 < difference(moved[name], original[name]) < 0.6
+
+
+def test_what_an_alignment_says_of_fine_tunes(refused) -> None:
+    """Close relatives are not called the same model, and one model is not its own host."""
+    models = REPOSITORY / "examples" / "tiny-family" / "models"
+    report = yeam.align(models / "base", models / "code")
+    assert "fine-tunes" in report.verdict and "exactly" not in report.verdict
+    refused(["align", models / "base", models / "base", "--report-only"], "both the host and the source")
 
 
 def test_models_that_cannot_be_aligned(tmp_path: Path) -> None:

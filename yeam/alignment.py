@@ -25,11 +25,16 @@ def align(
     host, source, judge: references as in a recipe. judge, stream: as in the plugin `align`. options: those of `yeam.merge`.
     Raises what `yeam.merge` raises; CheckpointError for models of different shape, or of a family whose symmetries are not known.
     """
+    from yeam.recipe import ModelRef
+
+    if ModelRef.parse(os.fspath(host)) == ModelRef.parse(os.fspath(source)):
+        raise UserError(f"{os.fspath(source)} is both the host and the source", "name two models")
     if out is None:
         if options:
             raise UserError(f"{', '.join(options)}: there is nothing to write without `out`", "name an output folder")
         return _survey(os.fspath(host), os.fspath(source), None if judge is None else os.fspath(judge), stream)
     from yeam.api import merge
+    from yeam.recipe.problems import of_no_recipe
     from yeam.transfer.report import alignment_report
 
     settings = {"to": os.fspath(host), "stream": stream, **({} if judge is None else {"judge": os.fspath(judge)})}
@@ -38,7 +43,8 @@ def align(
         "models": [{"model": os.fspath(source)}],
         "plugins": [{"align": settings}],
     }
-    report = merge(recipe, out, **options)
+    with of_no_recipe():
+        report = merge(recipe, out, **options)
     stream_facts: dict[str, Any] = {}
     layers: dict[int, dict[str, float]] = {}
     for tensor in report.tensors:

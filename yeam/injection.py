@@ -63,12 +63,14 @@ def inject(
         >>> yeam.inject(family + "code", [family + "names"], base=family + "base")  # doctest: +SKIP
     """
     from yeam.api import merge
+    from yeam.recipe.problems import of_no_recipe
 
     settings = {name: options.pop(name) for name in OPTIONS if name in options}
     recipe = inject_recipe(target, sources, base, **settings)
     folder = Path(out) if out is not None else Path(f"{Path(os.fspath(target)).name}-injected")
     if distill is None:
-        return merge(recipe, folder, **options)
+        with of_no_recipe():
+            return merge(recipe, folder, **options)
     from dataclasses import replace
 
     from yeam.distill.fit import fit_strengths
@@ -83,8 +85,9 @@ def inject(
         raise UserError("strengths are fitted to the text", "give either `strengths` or `distill`")
     texts = [distill] if isinstance(distill, str | os.PathLike) else list(distill)
     shared = {name: options[name] for name in ("device", "memory", "allow_nan") if name in options}
-    fitted = fit_strengths(recipe, [os.fspath(text) for text in texts], listener=distill_progress, **shared)
-    report = merge(inject_recipe(target, sources, base, **settings, strengths=fitted.strengths), folder, **options)
+    with of_no_recipe():
+        fitted = fit_strengths(recipe, [os.fspath(text) for text in texts], listener=distill_progress, **shared)
+        report = merge(inject_recipe(target, sources, base, **settings, strengths=fitted.strengths), folder, **options)
     return replace(report, notes=[*report.notes, *fitted.notes])
 
 

@@ -81,6 +81,7 @@ def inject(
     """
     import yeam
     from yeam.injection import inject_recipe
+    from yeam.recipe.problems import of_no_recipe
 
     with handled(debug, as_json, runs_models=bool(distill or guard)):
         models = [part for text in sources for part in text.split(",") if part]
@@ -91,7 +92,9 @@ def inject(
         if dry_run:
             if distill:
                 raise UserError("--dry-run reads no weights, so nothing can be fitted", "leave --distill out")
-            _show(yeam.plan(inject_recipe(target, models, base, **options), **shared), as_json, quiet)
+            with of_no_recipe():
+                planned = yeam.plan(inject_recipe(target, models, base, **options), **shared)
+            _show(planned, as_json, quiet)
             return
         options = {name: value for name, value in options.items() if value is not None}
         with (

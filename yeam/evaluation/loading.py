@@ -163,8 +163,15 @@ def ready(
 ) -> Loaded:
     """What transformers has made of a source, with its tokenizer, which is read unless it is given.
 
-    info: names of weights that are missing or of another shape, as `from_pretrained` tells them; then raises CheckpointError.
+    info: names of weights that are missing or of another shape, as `from_pretrained` tells them; then raises CheckpointError. So does a
+    model of masked tokens, which transformers would run as a causal one without a mask.
     """
+    named = [str(name) for name in model.config.architectures or []]
+    if any(name.endswith("ForMaskedLM") for name in named) and not getattr(model.config, "is_decoder", False):
+        raise CheckpointError(
+            f"{source.label}: is a {named[0]}, which sees the tokens that it would have to predict",
+            "evaluate a model that predicts the next token",
+        )
     missing = [*info["missing_keys"], *(str(key[0]) for key in info.get("mismatched_keys") or ())]
     if missing:
         raise CheckpointError(

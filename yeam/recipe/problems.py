@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from yeam.errors import ConfigError
+from yeam.errors import ConfigError, YeamError
 
 KeyPath = tuple[str | int, ...]
 """Steps from the root of a recipe: `("models", 0, "parameters", "weight")`."""
 
 _PLAIN_KEY = re.compile(r"[\w-]+")
+_MADE = re.compile(r"^recipe, (?:models|plugins)\[0\][^:]*: (?:plugin '\w+': (?:options: )?)?", re.MULTILINE)
 
 
 def show(path: KeyPath) -> str:
@@ -121,3 +123,14 @@ class Locations:
         lines = dict.fromkeys(f"{self.locate(problem.path)}: {problem}" for problem in ordered)
         remedies = dict.fromkeys(problem.remedy for problem in ordered if problem.remedy)
         return ConfigError("\n".join(lines), "; ".join(remedies))
+
+
+@contextmanager
+def of_no_recipe() -> Iterator[None]:
+    """Errors without their place in a recipe that the user did not write, such as the one that `yeam inject` makes."""
+    try:
+        yield
+    except YeamError as error:
+        error.message = _MADE.sub("", error.message)
+        error.args = (f"{error.message}\n  remedy: {error.remedy}" if error.remedy else error.message,)
+        raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from yeam.checkpoint import Checkpoint
@@ -31,13 +31,13 @@ def pairs_of(members: Sequence[Member]) -> tuple[list[Pair], list[str]]:
     first = members[0]
     pairs: list[Pair] = []
     misfits, unbased = [], []
-    for name, info in first.checkpoint.tensors.items():
-        meaning = first.anatomy.tensors[name]
-        if not info.storage.is_float or meaning.role == "buffer" or name in first.duplicates:
+    for owner, name in _owned(first, members[1]):
+        info, meaning = owner.info(name), owner.anatomy.tensors[name]
+        if not info.storage.is_float or meaning.role == "buffer":
             continue
-        places = [(first, name), *((m, other) for m in members[1:] if (other := m.find(name, first)) is not None)]
+        places = [(m, other) for m in members if (other := m.find(name, owner)) is not None]
         if len(places) < len(members):
-            if len(members) > 2 and members[1].find(name, first) is not None:
+            if len(members) > 2 and members[1].find(name, owner) is not None:
                 unbased.append(name)
             continue
         if any(m.info(n).shape != info.shape or not m.info(n).storage.is_float for m, n in places):
@@ -57,6 +57,18 @@ def pairs_of(members: Sequence[Member]) -> tuple[list[Pair], list[str]]:
             "compare models of one architecture and size",
         )
     return pairs, notes
+
+
+def _owned(first: Member, second: Member) -> Iterator[tuple[Member, str]]:
+    """(model, name) of every tensor of the first, then of those that only the second has as tensors of their own (an untied head)."""
+    found = set()
+    for name in first.checkpoint.tensors:
+        if name not in first.duplicates:
+            found.add(second.find(name, first))
+            yield first, name
+    for name in second.checkpoint.tensors:
+        if name not in second.duplicates and name not in found and first.find(name, second) is not None:
+            yield second, name
 
 
 def missing_from(one: Member, other: Member) -> tuple[str, ...]:

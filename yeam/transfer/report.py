@@ -43,8 +43,13 @@ def _verdict(stream: Mapping[str, Any], layers: Sequence[Mapping[str, float]]) -
             f"not alignable: the shared tokens' directions explain {stream['gate']:.0%} of each other beyond chance; "
             "merging these models would mix unrelated coordinates"
         )
-    if min(stream["gate"], heads, neurons) > 0.98:
+    if min(stream["gate"], heads, neurons) > 0.9999:
         return "the same model in other coordinates: aligned exactly, up to rounding"
+    if min(stream["gate"], heads, neurons) > 0.98:
+        return (
+            f"the same model, or close fine-tunes of one: heads match at {heads:.4f}, neurons at {neurons:.4f}; "
+            "merging them aligned makes sense"
+        )
     if min(heads, neurons) > 0.5:
         return f"related models: heads match at {heads:.2f}, neurons at {neurons:.2f}; merging them aligned makes sense"
     return (
