@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -169,9 +169,9 @@ class Counted:
         self.names: list[str] = []
         done = held.Held.done
 
-        def note(this: held.Held, job: Any, checksum: str, facts: dict[str, Any]) -> None:
-            self.names.append(job.name)
-            done(this, job, checksum, facts)
+        def note(this: held.Held, made: Sequence[Any]) -> None:
+            self.names.extend(each.job.name for each in made)
+            done(this, made)
 
         monkeypatch.setattr(held.Held, "done", note)
 
