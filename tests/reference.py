@@ -38,17 +38,24 @@ def departure(x, delta_K):
 
 
 def spread_columns(x_MN, width, alpha, generator, floor=1e-6, noise=0.0):
-    """Equalise the columns of x inside frames of `width`, grouped by a random permutation; noise: its mean square in an element."""
+    """Equalise the columns of x inside frames of `width`, grouped by a random permutation; noise: its mean square in an element.
+
+    Returns that and how far WUDI's objective is least beyond a mean progress of 1."""
     order = torch.randperm(x_MN.shape[1], generator=generator)
     out_MN = torch.empty_like(x_MN)
     grams = [x_MN[:, J].T @ x_MN[:, J] for J in order.split(width)]
     eigen = [torch.linalg.eigh(C) for C in grams]
     least = floor * max(float(values.max()) for values, _ in eigen)
+    found = []
     for J, (values, Q) in zip(order.split(width), eigen):
         values = values.clamp(min=least)
         signal = (1 - noise * x_MN.shape[0] / values).clamp(min=0.01)
-        out_MN[:, J] = x_MN[:, J] @ (Q * (signal / values) ** (alpha / 2)) @ Q.T
-    return out_MN / out_MN.norm()
+        power = (signal / values) ** (alpha / 2)
+        found.append(torch.stack([values, values * signal, power]))
+        out_MN[:, J] = x_MN[:, J] @ (Q * power) @ Q.T
+    values, signal, power = torch.cat(found, dim=1)
+    least_at = (signal * values * power).sum() / (signal * values * power**2).sum()
+    return out_MN / out_MN.norm(), float(least_at * (values * power).sum() / values.sum())
 
 
 def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0):
@@ -60,6 +67,7 @@ def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0):
     longest = float(2 * x.norm() / norms_K.mean())  # conflict is not blown up
     if x.dim() != 2 or min(x.shape) < 8:
         return base + lam * min(1.0, longest) * x * norms_K.mean() / x.norm()
+    reach = None
     alpha = 1 - agreement(delta_K) if float(base.norm()) > 0 else 0.0  # frames are for updates, not for whole weights
     if width and alpha > 0:
         generator = torch.Generator().manual_seed(seed)
@@ -68,9 +76,11 @@ def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0):
         for number in range(rounds):
             known = 0.0 if number else noise
             if x.shape[1] <= x.shape[0]:
-                x = spread_columns(x, width, alpha, generator, noise=known)
+                x, further = spread_columns(x, width, alpha, generator, noise=known)
             else:
-                x = spread_columns(x.T, width, alpha, generator, noise=known).T
+                x, further = spread_columns(x.T, width, alpha, generator, noise=known)
+                x = x.T
+            reach = further if number == 0 else reach
     x = x * norms_K.mean() / x.norm()
     displacement = max(float(norms_K.max() / base.norm().clamp(min=1e-300)), 1e-12)
     progress = float((x * delta_K.sum(0)).sum() / norms_K.square().sum())
@@ -78,5 +88,6 @@ def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0):
     shared = max(1.0, float(delta_K.sum(0).square().sum() / norms_K.square().sum()))
     scale = min(max(1.4 * found / shared / displacement**0.25, 0.13 * found**0.5 / displacement) ** alpha, longest)
     if progress > 0:
-        scale = min(scale, 1 / progress)
+        beyond = 1.0 if reach is None else 0.85 * reach / len(delta_K) ** 0.5 / displacement**0.1
+        scale = min(scale, beyond**alpha / progress)
     return base + lam * scale * x

@@ -240,12 +240,16 @@ def test_rays_frames_and_length_by_formula(tmp_path: Path, frames: str | int) ->
         rows = 8 if name == q_name else len(point)  # of what frames see
         total_update = deltas.sum(0)
         departure = point.square().sum() - (total_update @ point.flatten()) ** 2 / total_update.square().sum()
-        rounding = 2 * 0.154 * 4.0**-8 * x[name].square().sum()
+        left = 0.154 * 4.0**-8 * x[name].square().sum()
+        rounding = (left * norms.square() / (left + norms.square())).sum()
         noise = (rounding + (1 + (rows / 32) ** 0.5) ** 2 * departure) / len(point)
         heads = point.view(-1, rows, 32)
         values, axes = torch.linalg.eigh(heads @ heads.mT)
-        power = (((1 - noise / values).clamp(min=0.01) / values) ** (alpha / 2))[:, None] if frames == 256 else 1.0
-        flat = axes * power @ axes.mT @ heads
+        signal = (1 - noise / values).clamp(min=0.01)
+        power = (signal / values) ** (alpha / 2) if frames == 256 else torch.ones_like(values)
+        flat = axes * power[:, None] @ axes.mT @ heads
+        weight = signal * values**2 * power
+        reach = weight.sum() / (weight * power).sum() * (values * power).sum() / values.sum()
         raw = (flat * heads.flatten(1).norm(dim=1)[:, None, None] / flat.flatten(1).norm(dim=1)[:, None, None]).view(
             x[name].shape
         )
@@ -255,7 +259,8 @@ def test_rays_frames_and_length_by_formula(tmp_path: Path, frames: str | int) ->
         shared = total.clamp(min=1)
         law = max(1.4 * progress / shared / displacement**0.25, 0.13 * progress**0.5 / displacement) ** alpha
         bound = 2 * raw.norm() / norms.mean()
-        step = min(law, bound) if name == q_name else min(law, bound, 1 / progress)
+        beyond = 0.85 * reach / 2**0.5 / displacement**0.1 if frames == 256 else 1.0
+        step = min(law, bound) if name == q_name else min(law, bound, beyond**alpha / progress)
         torch.testing.assert_close(out[name] - x[name], hat * step, rtol=1e-9, atol=1e-12)
 
 

@@ -3,18 +3,24 @@
 Legend: K sources, T elements of a tile.
 
     r = max_k ‖V_k‖ / ‖base‖ ,  p = Σ_k ⟨X̂, V_k⟩ / Σ_k ‖V_k‖² ,  q = 2 ‖x_rays‖ / mean_k ‖V_k‖
-    s = p / max(1, ‖Σ V_k‖² / Σ_k ‖V_k‖²)
-    output = base + λ · min(max(1.4 · s / r^(1/4), 0.13 · p^(1/2) / r)^α, 1/p, q) · X̂ ,   X̂ = X · mean_k ‖V_k‖ / ‖X‖
+    s = p / max(1, ‖Σ V_k‖² / Σ_k ‖V_k‖²) ,  f = 0.85 · reach / (K^(1/2) r^(1/10))
+    output = base + λ · min(max(1.4 · s / r^(1/4), 0.13 · p^(1/2) / r)^α, f^α / p, q) · X̂ ,   X̂ = X · mean_k ‖V_k‖ / ‖X‖
 
 A matrix may always move by some share of its norm, 0.13 √p (a trust region: the loss is nearly linear there). Harsh fine-tunes are
 followed by as much as X̂ holds of their sum (s, which is p where they have nothing in common; what they share raises p but is no
-reason to go further), a little less the further the furthest of them went. None is followed beyond the sources' own progress (1/p),
-and never to more than twice what the rays left (q).
+reason to go further), a little less the further the furthest of them went.
+
+At 1/p the sources have made their own progress on the mean: more than that where they are weak and X̂, which is flat, is not, less
+where they are strong. WUDI's objective, which counts what each does to inputs like those that its own update was made for, is least
+near reach / (K^(1/2) p), where `reach` tells how uneven the axes were and every further source disturbs the others. Fine-tunes that
+moved little have not arrived and gain from going on in their direction; hence f, which has r in it. Without frames the bound is 1/p.
+Nor does a matrix move by more than twice what the rays left (q).
 All sums are kept in float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +31,7 @@ from yeam.compiled import Array, Values
 if TYPE_CHECKING:
     from torch import Tensor
 
-REACH, REGION = 1.4, 0.13  # chosen on four families; the README tells how
+REACH, REGION, BEYOND = 1.4, 0.13, 0.85  # chosen on four families; the README tells how
 LEAST_PROGRESS = 1e-3
 
 
@@ -68,6 +74,25 @@ class Moments:
         return float(self.norms_K.mean())
 
     @property
+    def displacement(self) -> float:
+        """r, how far the furthest source moved from the base, at least 1e-12; there must be a base that is not 0."""
+        return float(max(float(self.norms_K.max()) / self.base_square**0.5, 1e-12))
+
+    def rounding(self, weight: Sequence[float], shares: Sequence[float]) -> float:
+        """What rounding to the sources' storage types has left in the updates, as a squared length.
+
+        weight: of each source; shares: the mean square of what rounding changes over that of the weights (`DType.rounding`). Where a
+        step of the type is small beside an update ν, shares times the base's square over the update's, is what rounding
+        left of it. An update of less than a step is not changed by rounding but lost, or a whole step: then the share of it that
+        has nothing to do with what was learned is ν / (1 + ν), within a quarter for Gaussian ones.
+        """
+        total = 0.0
+        for factor, share, square in zip(weight, shares, self.gram_KK.diagonal().tolist()):
+            left = factor**2 * share * self.base_square
+            total += left * square / (left + square) if left > 0 else 0.0
+        return total
+
+    @property
     def departure(self) -> float:
         """What the rays make other than a multiple of the updates' sum, ‖x_rays‖² · (1 − cos²(x_rays, Σ V_k)): the squared length of it."""
         total = float(self.gram_KK.sum())
@@ -98,24 +123,32 @@ def progress_along(along_K: Values, gram_KK: Values) -> float:
     return float(along_K.sum()) / total if total > 0 else 0.0
 
 
-def step_length(moments: Moments, *, alpha: float, progress: float) -> float:
-    """The factor on X̂ for a matrix: min(max(1.4 · s / r^(1/4), 0.13 · p^(1/2) / r)^α, 1/p, q).
+def step_length(moments: Moments, *, alpha: float, progress: float, reach: float | None = None) -> float:
+    """The factor on X̂ for a matrix: min(max(1.4 · s / r^(1/4), 0.13 · p^(1/2) / r)^α, f^α / p, q).
 
-    progress: p of X̂; one of 0 or less counts as 0.001 in the law and sets no bound. With a base of norm 0 (the origin) alpha must be 0.
+    progress: p of X̂; one of 0 or less counts as 0.001 in the law and sets no bound. reach: of what the frames did (`Axes.reach`),
+    None where they did nothing: f is 1 then. With a base of norm 0 (the origin) alpha must be 0.
     """
     scale = unbound_length(moments, alpha=alpha, progress=progress)
-    return min(scale, 1 / progress) if progress > 0 else scale
+    if progress <= 0:
+        return scale
+    beyond = 1.0
+    if reach is not None and moments.base_square > 0:
+        beyond = BEYOND * reach / len(moments.gram_KK) ** 0.5 / moments.displacement**0.1
+    return float(min(scale, beyond**alpha / progress))
 
 
 def unbound_length(moments: Moments, *, alpha: float, progress: float) -> float:
-    """`step_length` without the sources' progress 1/p as a bound."""
+    """`step_length` without the sources' progress f^α / p as a bound."""
     bound = point_bound(moments)
     if moments.base_square <= 0:
         return min(bound, 1.0)
-    displacement = max(float(moments.norms_K.max()) / moments.base_square**0.5, 1e-12)
     found = max(progress, LEAST_PROGRESS)
     shared = max(1.0, float(moments.gram_KK.sum() / moments.gram_KK.diagonal().sum()))
-    law = max(REACH * found / shared / displacement**0.25, REGION * found**0.5 / displacement)
+    law = max(
+        REACH * found / shared / moments.displacement**0.25,
+        REGION * found**0.5 / moments.displacement,
+    )
     return float(min(bound, law**alpha))
 
 

@@ -52,6 +52,7 @@ class Update:
     square: float = 0.0
     scale: float = 0.0
     alpha: float = 0.0
+    reach: float | None = None
     grams: list[tuple[Tensor, ...]] = field(default_factory=list)  # base·base, base·update, update·update
 
 
@@ -105,21 +106,23 @@ def _spread(parts: Parts, part: Update, weight: Sequence[float], frames: Frames,
     the same share of the base."""
     import torch
 
-    from yeam.geometry.frames import noise_edge, spread_, spread_spectral_
+    from yeam.geometry.frames import Axes, noise_edge, spread_, spread_spectral_
 
-    rounding = sum(factor**2 * share for factor, share in zip(weight, parts.tensor(part.name).rounding))
+    axes = Axes()
+    rounding = part.moments.rounding(weight, parts.tensor(part.name).rounding)
     size = parts.circuit.head_dim if part.name == "q" else len(part.point_RN)
     for matrix_RN in torch.split(part.point_RN, size):
         length = float(torch.linalg.vector_norm(matrix_RN))
         if length == 0 or min(matrix_RN.shape) < LEAST_SIDE:
             continue
         edge = noise_edge(matrix_RN.shape, frames if isinstance(frames, int) else None)
-        noise = (rounding * part.moments.base_square + edge * part.moments.departure) / part.point_RN.numel()
+        noise = (rounding + edge * part.moments.departure) / part.point_RN.numel()
         if frames == "spectral":
-            spread_spectral_(matrix_RN, alpha=part.alpha, noise=noise)
+            spread_spectral_(matrix_RN, alpha=part.alpha, noise=noise, axes=axes)
         elif frames != "none":
-            spread_(matrix_RN, alpha=part.alpha, width=frames, rounds=rounds, seed=seed, noise=noise)
+            spread_(matrix_RN, alpha=part.alpha, width=frames, rounds=rounds, seed=seed, noise=noise, axes=axes)
         matrix_RN.mul_(length / float(torch.linalg.vector_norm(matrix_RN)))
+    part.reach = axes.reach
 
 
 def _part(name: str, point_RN: Tensor, K: int) -> Update:
@@ -245,8 +248,10 @@ def _lengthen(part: Update, strength: float) -> None:
         part.scale = min(1.0, point_bound(moments))
     else:
         # scores pass through a softmax, which forgives interference; k, which several heads share, lost where it was followed as far
-        law = unbound_length if part.name == "q" else step_length
-        part.scale = law(moments, alpha=part.alpha, progress=progress)
+        if part.name == "q":
+            part.scale = unbound_length(moments, alpha=part.alpha, progress=progress)
+        else:
+            part.scale = step_length(moments, alpha=part.alpha, progress=progress, reach=part.reach)
     part.scale *= strength
     part.point_RN.mul_(part.scale * unit)
     part.grams = [(bb, bx * (part.scale * unit), xx * (part.scale * unit) ** 2) for bb, bx, xx in part.grams]

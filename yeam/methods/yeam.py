@@ -173,6 +173,7 @@ def _matrix(
         yield from _base(inputs, start, stop)
         return
     from yeam.geometry.frames import (  # torch comes with them, after a pass without it
+        Axes,
         noise_edge,
         spread_,
         spread_spectral_,
@@ -181,18 +182,19 @@ def _matrix(
     inputs.tensors()
     point_MN = tensor(held_MN)
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
-    rounding = sum(factor**2 * share for factor, share in zip(weight, inputs.rounding))
     edge = noise_edge(point_MN.shape, frames if isinstance(frames, int) else None)
-    noise = (rounding * moments.base_square + edge * moments.departure) / (rows * columns)
+    noise = (moments.rounding(weight, inputs.rounding) + edge * moments.departure) / (rows * columns)
+    axes = Axes()
     if frames == "spectral":
-        spread_spectral_(point_MN, alpha=alpha, noise=noise)
+        spread_spectral_(point_MN, alpha=alpha, noise=noise, axes=axes)
     elif frames != "none":
-        spread_(point_MN, alpha=alpha, width=frames, rounds=rounds, seed=seed, noise=noise)
+        spread_(point_MN, alpha=alpha, width=frames, rounds=rounds, seed=seed, noise=noise, axes=axes)
     along = Along(inputs.K)
     for part in parts(inputs, start, stop):
         along.add(part, weight, flat_T[part.start - start : part.stop - start])
     unit = moments.mean_norm / along.square**0.5
-    scale = step_length(moments, alpha=alpha, progress=progress_along(along.sources_K * unit, moments.gram_KK))
+    progress = progress_along(along.sources_K * unit, moments.gram_KK)
+    scale = step_length(moments, alpha=alpha, progress=progress, reach=axes.reach)
     _record(inputs, moments, strength * scale * moments.mean_norm, scale)
     for part in parts(inputs, start, stop, base_only=True):
         yield followed(part, flat_T[part.start - start : part.stop - start], strength * scale * unit)
