@@ -331,7 +331,10 @@ def test_missing_things(llama, recipe, refused, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(["merge", recipe(a, tmp_path / "empty"), out], "empty", "is empty")
     (tmp_path / "models--owner--name" / "snapshots" / "abc").mkdir(parents=True)
-    refused(["merge", recipe(a, tmp_path / "models--owner--name"), out], "name the model as owner/name", "/snapshots")
+    for there in ("models--owner--name", "models--owner--name/snapshots"):
+        refused(
+            ["merge", recipe(a, tmp_path / there), out], "name the model as owner/name", "models--owner--name/snapshots"
+        )
     refused(["merge", recipe(a), out, "--set", "merge_method=liner"], "--set merge_method=liner", "linear")
     refused(["merge", recipe(a), out, "--device", "tpu"], "tpu")
     refused(["merge", recipe(a), out, "--memory", "lots"], "lots")

@@ -6,12 +6,15 @@ import copy
 import json
 from pathlib import Path
 
+import pytest
 import reference
 import torch
 import transformers as tf
 from conftest import Llama, llama_tensors, save_model
 from merge_models import CONFIGS, SIZES, Tensors, build, entries, load, logits, mean, merged, save, tensors
 from peft import LoraConfig, PeftModel, get_peft_model
+
+import yeam
 
 
 def test_heads_tied_and_not(tmp_path: Path) -> None:
@@ -94,7 +97,7 @@ def test_any_tensors_of_any_architecture(tmp_path: Path) -> None:
             assert (out / method / "config.json").exists() is (config is not None)
 
 
-def test_lora_inputs(tmp_path: Path) -> None:
+def test_lora_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`base+adapter` as a source equals merging what peft's merge_and_unload makes of it, in the base's dtype."""
     models = [build(CONFIGS["llama"](), seed, torch.bfloat16) for seed in (1, 2)]
     base, other = (save(model, tmp_path / name) for model, name in zip(models, ("base", "other")))
@@ -121,6 +124,11 @@ def test_lora_inputs(tmp_path: Path) -> None:
     x = tensors(base)
     changed = {name for name in x if not torch.equal(applied[name], x[name])}
     assert changed == {name for name in x if "q_proj" in name or "down_proj" in name}
+    monkeypatch.chdir(tmp_path)
+    report = yeam.merge({"merge_method": "passthrough", "models": [{"model": "base+adapter"}]}, "named")
+    assert any("tensors are changed by its adapter" in note for note in report.notes)
+    for name in ("yeam_report.json", "README.md"):  # they are published
+        assert str(tmp_path) not in (tmp_path / "named" / name).read_text()
     assert load(tmp_path / "out").dtype == torch.bfloat16
 
 

@@ -104,6 +104,14 @@ def test_tokenizer_of_another_model(tmp_path: Path, llama: Llama) -> None:
     assert any("a has no tokenizer; the output has that of" in note for note in notes)
 
 
+def test_results_are_short_in_a_notebook(tmp_path: Path, llama: Llama) -> None:
+    """What a cell shows does not grow with the number of tensors."""
+    a, b = llama("a", layers=20), llama("b", layers=20)
+    data = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1}} for m in (a, b)]}
+    results = [yeam.plan(data), yeam.merge(data, tmp_path / "out")]
+    assert all("linear" in repr(result) and UP not in repr(result) for result in results)
+
+
 def test_model_card(tmp_path: Path, llama: Llama) -> None:
     """Front matter that the Hub reads; a hostile name brings no markup of its own."""
     import yaml

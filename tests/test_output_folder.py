@@ -28,15 +28,18 @@ def test_out_exists(pair, refused, tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
     refused(["merge", pair, file, "--overwrite"], f"{file} exists and is not a folder", inputs=[tmp_path])
+    assert "--overwrite" not in refused(["merge", pair, file])  # which would not help
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "nowhere")
     refused(["merge", pair, link], f"{link} exists")
-    refused(["merge", pair, link, "--overwrite"], f"{link} exists and is not a folder")
+    refused(["merge", pair, link, "--overwrite"], f"{link} exists and is a symbolic link")
     project = tmp_path / "project"
     project.mkdir()
     (project / "config.json").write_text('{"port": 8080}')
     (project / "main.py").write_text("print()")
-    refused(["merge", pair, project, "--overwrite"], str(project), "is not a model folder", inputs=[project])
+    for words in ([], ["--overwrite"]):
+        said = refused(["merge", pair, project, *words], str(project), "is not a model folder", inputs=[project])
+        assert "pass --overwrite" not in said
     assert not list(tmp_path.glob("*.partial"))
 
 

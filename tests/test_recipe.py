@@ -208,6 +208,12 @@ def test_overrides() -> None:
     assert fresh.recipe.models is not None and fresh.recipe.models[0].parameters == {"weight": 3}
 
 
+def test_a_single_override_is_one() -> None:
+    """A text in place of a list is that override, not its letters."""
+    data = {"merge_method": "linear", "models": [{"model": "a/b"}]}
+    assert load_recipe(data, "parameters.weight=2").recipe.parameters == {"weight": 2}
+
+
 def test_plain_data() -> None:
     data = {"merge_method": "linear", "models": ({"model": Path("lab/a")}, {"model": "lab/b"})}
     data["parameters"] = {"weight": np.float64(0.5), "t": [np.int64(1), 2]}

@@ -91,12 +91,12 @@ def _nothing(names: Collection[str], where: str, adapter: Mapping[str, Any] | No
         if any(name.endswith(suffix) for name in names):
             return CheckpointError(f"{where}: holds {what} and no weights that YeAM reads", remedy)
     if not names:
-        cached = PurePath(where).name
-        if cached.startswith("models--"):
-            hub_id = cached.removeprefix("models--").replace("--", "/")
+        cached = PurePath(where).parent if PurePath(where).name == "snapshots" else PurePath(where)
+        if cached.name.startswith("models--"):
+            hub_id = cached.name.removeprefix("models--").replace("--", "/")
             return CheckpointError(
                 f"{where}: is where the cache of the Hub keeps the revisions of {hub_id}",
-                f"name the model as {hub_id}, or one folder below {where}/snapshots",
+                f"name the model as {hub_id}, or one folder below {cached}/snapshots",
             )
         return CheckpointError(f"{where}: is empty", "check the path, or download the model again")
     return CheckpointError(

@@ -77,7 +77,7 @@ class LoraCheckpoint(Checkpoint):
         self.tensors = {**base.tensors, **{name: self._info(name, change) for name, change in self._changes.items()}}
         self.config = ties.resize(self.config, self.tensors)
         self.notes = [*base.notes, *self._adapter.notes, *ties.notes]
-        self.notes.append(f"{len(self._changes)} tensors are changed by the adapter {self._adapter.reference}")
+        self.notes.append(f"{len(self._changes)} tensors are changed by its adapter")
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -23,10 +23,9 @@ def check_output_free(out: Path, overwrite: bool) -> None:
     """Raise OutputError if OUT may not be (over)written: it exists without --overwrite, or is no model folder."""
     if not os.path.lexists(out):
         return
-    if not overwrite:
-        raise OutputError(f"{out} exists", "pass --overwrite to replace it, or choose another output folder")
     if out.is_symlink() or not out.is_dir():
-        raise OutputError(f"{out} exists and is not a folder", "choose another output folder")
+        what = "is a symbolic link" if out.is_symlink() else "is not a folder"
+        raise OutputError(f"{out} exists and {what}", "choose another output folder")
     if out.is_mount():
         raise OutputError(f"{out} is a mount point, which cannot be replaced", "choose a folder inside it")
     with explained(out):
@@ -34,6 +33,8 @@ def check_output_free(out: Path, overwrite: bool) -> None:
             raise OutputError(
                 f"{out} exists and is not a model folder; it is not overwritten", "choose another output folder"
             )
+    if not overwrite:
+        raise OutputError(f"{out} exists", "pass --overwrite to replace it, or choose another output folder")
     if not os.access(out, os.W_OK | os.X_OK):
         raise OutputError(f"{out} may not be replaced by you", "choose an output folder that you may write to")
 

@@ -155,13 +155,13 @@ class Plan:
 
     method: str
     models: tuple[Model, ...]
-    jobs: tuple[Job, ...]
+    jobs: tuple[Job, ...] = field(repr=False)  # thousands, in a notebook
     donor: int
     tokenizer_donor: int
-    config: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] | None = field(default=None, repr=False)
     chat_template: str | None = None
     vocabulary: Vocabulary | None = None
-    shards: tuple[Shard, ...] = ()
+    shards: tuple[Shard, ...] = field(default=(), repr=False)
     plugins: tuple[str, ...] = ()
     allow_nan: bool = False
     notes: tuple[str, ...] = ()

@@ -114,6 +114,8 @@ def load_recipe(source: RecipeSource, overrides: Sequence[str] = ()) -> LoadedRe
 
 def read_draft(source: RecipeSource, overrides: Sequence[str] = ()) -> Draft:
     """As `load_recipe`, as far as that needs no schema. Raises ConfigError."""
+    if isinstance(overrides, str):
+        overrides = [overrides]
     if isinstance(source, LoadedRecipe):
         source = [document.recipe for document in source.documents]
     if isinstance(source, Mapping | MergeRecipe):

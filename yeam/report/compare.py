@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from yeam.checkpoint import open_checkpoint
@@ -62,8 +62,8 @@ class ModelComparison:
     base: str | None
     total: Row
     roles: tuple[Row, ...]
-    cells: tuple[Row, ...]
-    tensors: tuple[Row, ...]
+    cells: tuple[Row, ...] = field(repr=False)
+    tensors: tuple[Row, ...] = field(repr=False)
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     notes: tuple[str, ...]

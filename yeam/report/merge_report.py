@@ -37,7 +37,7 @@ class MergeReport:
     out: Path
     method: str
     models: list[str]
-    tensors: list[dict[str, Any]]
+    tensors: list[dict[str, Any]] = field(repr=False)  # hundreds, in a notebook
     totals: dict[str, Any]
     notes: list[str]
     seconds: float
