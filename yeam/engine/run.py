@@ -252,7 +252,12 @@ class _Crew:
         made: list[Made] = []
         try:
             for bundle in bundles(jobs, self._checkpoints):
-                made += self._bundle(bundle, lane) or [self._made(job, lane) for job in bundle]
+                together = self._bundle(bundle, lane)
+                if together is not None:
+                    made += together
+                    continue
+                for job in bundle:
+                    made.append(self._made(job, lane))
         finally:
             if made:
                 self._output.done(made)
