@@ -268,3 +268,12 @@ def test_unreadable_file(pair, tmp_path, monkeypatch):
     assert (status, stderr) == (
         2, "error: m/tokenizer.json: Permission denied\n  check the path and its permissions\n",
     )  # fmt: skip
+
+
+def test_empty_argument(pair):
+    """An unset variable does not become the current folder."""
+    done = subprocess.run(
+        command("merge", pair, "", "--overwrite"), env=environment(), capture_output=True, text=True, timeout=300
+    )
+    said = "error: argument 3 is empty\n  is a variable of the shell not set?\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)

@@ -14,6 +14,11 @@ def main() -> None:
     import gc
 
     _standard_streams()
+    if "" in sys.argv[1:]:  # which would name the current folder
+        print(
+            f"error: argument {sys.argv.index('', 1)} is empty\n  is a variable of the shell not set?", file=sys.stderr
+        )
+        raise SystemExit(2)
     try:
         from yeam.cli.app import app
         from yeam.engine.memory import share_one_heap
