@@ -110,7 +110,7 @@ def test_nan_is_blamed_on_its_tensor(tmp_path: Path, llama: Llama, recipe: Recip
 def test_a_method_that_notes_facts_has_its_tensors_one_by_one(
     tmp_path: Path, llama: Llama, recipe: Recipe, bundled: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", dict(registry.methods()))
 
     @registry.merge_method("noting", base="unused", needs=registry.Whole, tensors=False, elementwise=True)
     def noting(inputs: Inputs) -> Iterator[Array]:
