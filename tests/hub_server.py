@@ -62,6 +62,7 @@ class HubServer:
     sent: Counter[tuple[str, str]] = field(default_factory=Counter)
     requests: list[tuple[str, str]] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)  # repositories that were given another name, by the old one
 
     def start(self) -> HubServer:
         hub = self
@@ -156,6 +157,11 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         api = parts[:2] == ["api", "models"]
         parts = parts[2:] if api else parts
         repo_id = "/".join(parts[:2])
+        if repo_id in hub.renamed:
+            self.send_response(307)
+            self.send_header("Location", "/" + raw.replace(repo_id, hub.renamed[repo_id], 1))
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         repo = hub.repositories.get(repo_id)
         allowed = self.role() is not None
         if repo is None or (repo.access == "private" and not allowed):

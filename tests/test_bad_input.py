@@ -161,7 +161,8 @@ def test_not_finite(method, value, llama, recipe, refused, tmp_path):
     words = ["merge", recipe(*models, base_model=base, merge_method=method), tmp_path / "out"]
     refused(words, str(b), Q, f"{value} at element 83", "--allow-nan", inputs=[a, b, base])
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / "out.partial").is_dir()  # the rest is done
+    partial = tmp_path / "out.partial"  # is there for what is done already
+    assert not partial.exists() or '"tensor"' in (partial / "journal.jsonl").read_text()
 
     report = yeam.merge(words[1], tmp_path / "out", allow_nan=True)  # continues without --no-resume
     assert 0 <= report.resumed < report.totals["tensors"]
@@ -170,6 +171,19 @@ def test_not_finite(method, value, llama, recipe, refused, tmp_path):
     assert all(tensor.isfinite().all() for name, tensor in merged.items() if name != Q)
     text = (tmp_path / "out" / "yeam_report.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["totals"]["tensors"] == len(merged)
+
+
+def test_nothing_is_left_of_what_finished_nothing(llama, recipe, refused, tmp_path):
+    """A merge that fails in every tensor leaves no folder to be tidied up; another one that waits there stays as it is."""
+    a, b = llama("a"), llama("b")
+    llama("b", change={name: tensor * float("nan") for name, tensor in load_file(b / WEIGHTS).items()})
+    words = ["merge", recipe(a, b), tmp_path / "out"]
+    refused(words, str(b), "--allow-nan", inputs=[a, b])
+    assert not list(tmp_path.glob("out*"))
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    refused(words, str(b), "--allow-nan", inputs=[a, b])
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["notes.txt"]
 
 
 def test_not_finite_in_the_base(llama, recipe, refused, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 from conftest import command, environment
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 
 import yeam
 from yeam.cli.app import app
+from yeam.plugins.registry import described
 
 HEAVY = ("torch", "transformers", "huggingface_hub", "numpy")
 
@@ -98,6 +101,7 @@ def test_quiet(pair, tmp_path):
     assert run("inspect", out, "--quiet") == (0, "", "")
     assert run("methods", "--quiet") == (0, "", "")
     assert run("families", "--quiet") == (0, "", "")
+    assert run("plugins", "--quiet") == (0, "", "")
     status, stdout, stderr = run("merge", pair, out, "--quiet")  # errors are not kept quiet
     assert (status, stdout) == (2, "") and stderr.startswith("error: ")
 
@@ -123,6 +127,28 @@ def test_json(pair, tmp_path):
     assert only("inspect", out)["tensors"] == 21
     assert {"linear", "passthrough", "yeam"} <= only("methods").keys()
     assert "llama" in only("families")
+    plugins: Any = only("plugins")
+    align, inject = plugins["align"]["options"], plugins["inject"]["options"]
+    assert align["to"] == {"type": "str | None", "default": None, "required": False, "model": True}
+    assert (
+        inject["sources"]["required"]
+        and inject["roles"]["default"] == ["mlp", "attention"]
+        and not inject["seed"]["model"]
+    )
+
+
+def test_plugins_are_listed_as_recipes_take_them(pair, tmp_path):
+    """Every option of the list is one that a recipe may have, and a wrong one is answered with the list's."""
+    status, stdout, _ = run("plugins")
+    text = " ".join(stdout.split())
+    assert status == 0 and "sources (a model): required" in text and "roles: mlp, attention" in text
+    assert "transplant: The recipe's result with the tokenizer" in text and "Raises" not in text
+    built_in = ("align", "attention", "expand", "graft", "inject", "scale_up", "transplant")
+    for name, plugin in ((name, described()[name]) for name in built_in):
+        data = {**json.loads(pair.read_text()), "plugins": [{name: {"nonsense": 1}}]}
+        with pytest.raises(yeam.ConfigError) as caught:
+            yeam.plan(data)
+        assert caught.value.remedy == f"its options are: {', '.join(plugin['options'])}"
 
 
 def test_debug(pair, tmp_path):
@@ -211,6 +237,34 @@ def test_interrupt_that_is_swallowed(pair, tmp_path, monkeypatch):
     assert (status, stdout) == (130, "")
     assert stderr == "error: interrupted\n  run the same command again to continue\n"
     assert after is before
+
+
+def test_interrupt_that_nobody_passed_on(pair, tmp_path, monkeypatch):
+    """A package's bare `except:` or finaliser may swallow it without a trace: then it comes again."""
+
+    class Finalised:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def swallows(*_args, **_options):
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGINT)
+        try:
+            threading.Event().wait(60)
+        except KeyboardInterrupt:
+            Finalised()
+        threading.Event().wait(60)
+        pytest.fail("the interrupt was lost")
+
+    monkeypatch.setattr("yeam.api.merge", swallows)
+    monkeypatch.setattr("sys.unraisablehook", lambda _: None)
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        status, _, stderr = run("merge", pair, tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGINT, found)
+    assert status == 130
+    assert stderr == "error: interrupted\n  run the same command again to continue\n"
 
 
 @pytest.mark.parametrize(

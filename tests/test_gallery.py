@@ -22,7 +22,7 @@ import yeam
 from yeam.plugins import plugin_references
 from yeam.recipe.document import read_documents
 from yeam.recipe.ranges import find_ranges, parse_range
-from yeam.vocabulary.files import TOKENIZER_FILES
+from yeam.vocabulary.files import tokenizer_files
 
 GALLERY = sorted((REPOSITORY / "merge_configs").glob("*.yaml"))
 TINY_FAMILY = REPOSITORY / "examples" / "tiny-family" / "models" / "base"
@@ -70,9 +70,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model.save_pretrained(folder / name)
             continue
         model.save_pretrained(folder / name)
-        for file in TOKENIZER_FILES:
-            if (TINY_FAMILY / file).is_file():
-                shutil.copy(TINY_FAMILY / file, folder / name / file)
+        for file, path in tokenizer_files(TINY_FAMILY).items():
+            shutil.copy(path, folder / name / file)
     return folder
 
 

@@ -92,6 +92,21 @@ def test_attention_only_merge_transfers_the_attention(hub: HubServer, folders: d
     assert scan_cache_dir(tmp_path / "cache").warnings == []
 
 
+def test_a_repository_under_its_old_name(
+    hub: HubServer, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub answers for a renamed repository, also a private one, from its new place: parts of files and whole ones."""
+    hub.repositories["org/one"].access = "private"
+    hub.renamed["team/former"] = "org/one"
+    monkeypatch.setenv("HF_TOKEN", hub.reader)
+    for plugins in (True, False):
+        wanted, out = tmp_path / f"wanted-{plugins}", tmp_path / f"out-{plugins}"
+        yeam.merge(recipe(folders["base"], folders["one"], plugins=plugins), wanted)
+        yeam.merge(recipe(folders["base"], "team/former", plugins=plugins), out)
+        assert (out / "model.safetensors").read_bytes() == (wanted / "model.safetensors").read_bytes()
+    assert not hub.leaks and hub.bytes_of("org/one", "model-00001-of-00002.safetensors")
+
+
 def test_whole_files_where_half_is_needed(hub: HubServer, folders: dict[str, Path]) -> None:
     yeam.merge(recipe("org/one", "org/two", plugins=False), "out")
     files = [path for name in ("one", "two") for path in folders[name].glob("*.safetensors")]

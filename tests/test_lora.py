@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -318,8 +319,28 @@ def test_adapter_of_another_base(bases: dict[str, Path], tmp_path: Path) -> None
         open_checkpoint(str(bases["gpt2"]), lora=(str(tmp_path), None))
     larger = tmp_path / "larger"
     AutoModelForCausalLM.from_config(llama(head_dim=8)).save_pretrained(larger)
-    with pytest.raises(CheckpointError, match=r"q_proj.*\[16, 3\].* does not fit .*\[32, 16\]"):
-        open_checkpoint(str(larger), lora=(str(tmp_path), None))
+    with pytest.raises(
+        CheckpointError, match=r"q_proj.*\[16, 3\].* does not fit .*\[32, 16\] in the base \S+/larger\n"
+    ):
+        open_checkpoint(str(larger), lora=(str(tmp_path), None), reference=f"{larger}+{tmp_path}")
+
+
+def test_adapter_on_a_model_of_the_same_shapes(bases: dict[str, Path], tmp_path: Path) -> None:
+    """It fits, but the model is not what the adapter names: a note says so, without the folders of the one who trained it."""
+    train(bases["llama"], tmp_path / "adapter", target_modules=["q_proj"])
+    named = bases["llama"].name
+    for place, told in ((tmp_path / "other", True), (tmp_path / "copies" / named, False)):
+        shutil.copytree(bases["llama"], place)
+        notes = open_checkpoint(str(place), lora=(str(tmp_path / "adapter"), None)).notes
+        assert [note for note in notes if note.startswith(f"its adapter names {named} as its base")] == [
+            notes[-1]
+        ] * told
+
+
+def test_bias_of_an_adapter_without_one_in_the_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    train(bases["llama"], tmp_path, target_modules=["gate_proj"], lora_bias=True)
+    with pytest.raises(CheckpointError, match=r"lora_B\.bias.*\n.*without lora_bias"):
+        open_checkpoint(str(bases["llama"]), lora=(str(tmp_path), None))
 
 
 def test_square_conv1d_without_flag(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -285,5 +285,9 @@ def test_licences_that_do_not_fit_are_said(hub: HubServer, llama: Build, tmp_pat
     yeam.merge(recipe(f"{base}+{adapter}"), "unsaid")
     assert "The card of one input names no licence" in Path("unsaid/README.md").read_text()
     card(adapter, "gpl-3.0")
-    yeam.merge(recipe(f"{base}+{adapter}"), "said")
+    yeam.merge(recipe(base, f"{base}+{adapter}"), "said")
+    table = Path("said/README.md").read_text().partition("## Licence")[2].partition("## Recipe")[0]
+    assert [line for line in table.splitlines() if line.startswith("| `")] == [  # each once, under its own name
+        f"| `{base.name}` | mit |", "| `adapter` | gpl-3.0 |",
+    ]  # fmt: skip
     assert yaml.safe_load(Path("said/README.md").read_text().split("---")[1])["license"] == "gpl-3.0"

@@ -241,3 +241,18 @@ def test_several_sources_meet_in_the_host(tmp_path: Path) -> None:
         for one, wanted in (("twice", results["once"][name]), ("against", x)):
             assert float((results[one][name] - wanted).norm()) <= 1e-6 * float(wanted.norm()), (one, name)
     assert difference(results["once"]["lm_head.weight"], own["lm_head.weight"]) > 0.05
+
+
+def test_notes_on_what_moves(tmp_path: Path) -> None:
+    """They call models by the names that the report has, and say nothing of kinds that are not merged."""
+    base, host = make("llama", tmp_path / "base"), make("mixtral", tmp_path / "host", seed=1)
+    sources = [{"model": str(tuned(base)), "base": str(base)}]
+    plan = yeam.plan(
+        {
+            "merge_method": "passthrough",
+            "models": [{"model": str(host)}],
+            "plugins": [{"scale_up": {"sources": sources}}],
+        }
+    )
+    assert [note for note in plan.notes if note.startswith("host: MLPs move into each expert")]
+    assert not [note for note in plan.notes if str(tmp_path) in note or "config.json says" in note], plan.notes

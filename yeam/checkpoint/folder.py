@@ -13,17 +13,22 @@ from yeam.errors import CheckpointError
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError when it cannot be read, is no JSON or is no object."""
+    table = read_any_json(path)
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path}: is not a JSON object", "repair the file or download it again")
+    return table
+
+
+def read_any_json(path: Path) -> Any:
+    """What a JSON file holds, an object or not. Raises CheckpointError when it cannot be read or is no JSON."""
     try:
-        table = json.loads(path.read_bytes().decode("utf-8"))
+        return json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read: {error.strerror or error}", "check the path and its permissions"
         ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON: {error}", "repair the file or download it again") from error
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{path}: is not a JSON object", "repair the file or download it again")
-    return table
 
 
 def read_config(folder: Path) -> dict[str, Any]:

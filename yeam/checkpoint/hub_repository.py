@@ -7,6 +7,7 @@ mean what they mean there. A revision is resolved to a commit once, and only tha
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import threading
@@ -16,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from yeam.checkpoint.beside import MODULES, OTHER_FILES, TOKENIZER_FILES, is_module_file, module_paths
 from yeam.checkpoint.header import PREFIX_BYTES, Header, header_size, parse_header, read_header
 from yeam.checkpoint.hub_errors import explain, is_network_error, offline
 from yeam.checkpoint.hub_requests import read_range, retried
@@ -25,9 +27,8 @@ from yeam.errors import CheckpointError, YeamError
 T = TypeVar("T")
 
 _SMALL_FILES = (
-    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json", "*.jinja"),
-    *("chat_template*.json", "*processor_config.json", "adapter_config.json", "README.md"),
+    *("config.json", "adapter_config.json", "README.md", *OTHER_FILES, *TOKENIZER_FILES),
+    *("tokenizer*", "*.model", "*.spm", "*.jinja", "chat_template*.json", "*processor_config.json"),
 )
 _NEVER = (".py",)
 _FIRST_BYTES = 1 << 16
@@ -116,9 +117,13 @@ class Repository:
             )
 
     def fetch_small(self, extra: Iterable[str] = ()) -> None:
-        """Fetch configuration, tokenizer, chat templates and card, and the files in `extra`."""
+        """Fetch configuration, tokenizer, chat templates, card and modules behind the model, and the files in `extra`."""
         wanted = [name for name in self.files if _is_small(name)]
         self._all(self.fetch, [*wanted, *extra])
+        if MODULES in self.files:
+            with contextlib.suppress(ValueError):  # transformers needs none of them
+                paths = module_paths(json.loads(self.fetch(MODULES).read_bytes()))
+                self._all(self.fetch, [name for name in self.files if is_module_file(name, paths)])
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def headers(self, names: Iterable[str]) -> dict[str, Header]:

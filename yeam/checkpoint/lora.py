@@ -51,6 +51,11 @@ def open_adapter(reference: str, folder: Path) -> Checkpoint:
     return adapter
 
 
+def _last(name: str) -> str:
+    """The last part of a path or Hub name, by which copies of one model go."""
+    return name.rstrip("/").rpartition("/")[2].partition("@")[0]
+
+
 class LoraCheckpoint(Checkpoint):
     """`base` with `adapter` applied: W + scale * B @ A in float32, computed for the rows that a `read` asks for.
 
@@ -78,6 +83,11 @@ class LoraCheckpoint(Checkpoint):
         self.config = ties.resize(self.config, self.tensors)
         self.notes = [*base.notes, *self._adapter.notes, *ties.notes]
         self.notes.append(f"{len(self._changes)} tensors are changed by its adapter")
+        trained_on = self._adapter.config.get("base_model_name_or_path")
+        here = (_last(base.reference).lower(), _last(str(base.folder)).lower())
+        if isinstance(trained_on, str) and _last(trained_on) and _last(trained_on).lower() not in here:
+            name = trained_on if trained_on.count("/") == 1 and trained_on[0].isalnum() else _last(trained_on)
+            self.notes.append(f"its adapter names {name} as its base, which goes by another name here")
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -50,6 +50,9 @@ class Change:
         return factors + [part for part in others if part]
 
 
+_OWN_BASE = "use the base that the adapter was trained on; its config names it as base_model_name_or_path"
+
+
 def match(base: Checkpoint, adapter: Checkpoint, settings: LoraConfig, ties: Ties) -> dict[str, Change]:
     """The changes by tensor name. Raises CheckpointError for unused adapter tensors and for shapes that do not fit."""
     where = f"{adapter.folder}: adapter {adapter.reference!r}"
@@ -75,10 +78,14 @@ class _Matcher:
             what = (
                 f"has tensors for which the base has none: {listed(self.unused)}" if self.unused else "has no tensors"
             )
-            raise CheckpointError(
-                f"{self.where} {what} (base: {self.base.reference})",
-                "use the base that the adapter was trained on; its config names it as base_model_name_or_path",
-            )
+            remedy = _OWN_BASE
+            if self.unused and all(
+                name.endswith(".lora_B.bias") for name in self.unused
+            ):  # no base of this kind has them
+                remedy = (
+                    "the base's layers have no bias that this could be added to: train the adapter without lora_bias"
+                )
+            raise CheckpointError(f"{self.where} {what} (base: {self.base.reference})", remedy)
         return self.changes
 
     def _target(self, name: str) -> tuple[str, str] | None:
@@ -236,7 +243,7 @@ class _Matcher:
         given: Any = ", ".join(f"{key!r} of shape {list(self.adapter.tensors[key].shape)}" for key in keys)
         return CheckpointError(
             f"{self.where}: {given} does not fit {name!r} of shape {list(shape)} in the base {self.base.reference}",
-            "use the base that the adapter was trained on; its config names it as base_model_name_or_path",
+            _OWN_BASE,
         )
 
 

@@ -38,7 +38,8 @@ def open_checkpoint(
         checkpoint = open_checkpoint("meta-llama/Llama-3.2-1B", lora=("./adapter", None))
         tile = checkpoint.read("model.norm.weight", 0, 2048)
     """
-    label = reference or (f"{path}@{revision}" if revision else path)
+    alone = f"{path}@{revision}" if revision else path  # of a model with an adapter, `reference` names both
+    label = reference if reference and lora is None else alone
     checkpoint = _open_model(path, revision, label)
     try:
         checkpoint = dequantized(checkpoint)

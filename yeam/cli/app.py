@@ -39,6 +39,7 @@ app.command()(verify.verify)
 app.command()(push.push)
 app.command()(align.align)
 app.command()(listing.methods)
+app.command()(listing.plugins)
 app.command()(listing.families)
 
 

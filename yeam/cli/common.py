@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import traceback
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,16 +129,40 @@ def _unforeseen(error: Exception) -> tuple[str, str, int]:
     return f"{type(error).__name__}: {error}", "report it, with the traceback that --debug shows", 1
 
 
+class Interrupted(KeyboardInterrupt):
+    """An interrupt of which one can tell whether it is still on its way."""
+
+
 @contextmanager
 def _noticed() -> Iterator[list[int]]:
-    """The interrupts so far: some packages turn one in the middle of their import into an error of another kind."""
+    """The interrupts so far: some packages turn one in the middle of their import into an error of another kind.
+
+    One that is swallowed (a bare `except:`, a finaliser) comes again as soon as it is gone.
+    """
     interrupts: list[int] = []
+    waiting: list[weakref.ref[Interrupted]] = []  # a reference that is itself gone calls nothing
+
+    def signalled() -> None:
+        if waiting:
+            signal.pthread_kill(main, signal.SIGINT)
+
+    def again(gone: object) -> None:
+        if waiting:  # from elsewhere: what a callback of a reference raises, nobody gets
+            timer = threading.Timer(0.01, signalled)
+            timer.daemon = True
+            timer.start()
 
     def handler(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)
-        signal.default_int_handler(number, frame)
+        interrupt = Interrupted()
+        waiting[:] = [weakref.ref(interrupt, again)]
+        try:
+            raise interrupt
+        finally:
+            del interrupt  # or its own traceback would keep it
 
-    ours = threading.current_thread() is threading.main_thread()
+    main = threading.main_thread().ident or 0
+    ours = threading.get_ident() == main
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield interrupts
         return
@@ -145,6 +170,7 @@ def _noticed() -> Iterator[list[int]]:
     try:
         yield interrupts
     finally:
+        waiting.clear()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

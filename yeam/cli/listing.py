@@ -1,4 +1,4 @@
-"""`yeam methods` and `yeam families`."""
+"""`yeam methods`, `yeam plugins` and `yeam families`."""
 
 from __future__ import annotations
 
@@ -52,8 +52,42 @@ def _described(method: Any) -> dict[str, Any]:
 
 
 def _shown(default: Any) -> str:
+    if isinstance(default, tuple) and len(default) != 1:
+        return "not set" if not default else ", ".join(map(str, default))
     value = default[0] if isinstance(default, tuple) else default
     return "not set" if value is None else str(value)
+
+
+def plugins(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """List the plugins, which rewrite a plan, with their options.
+
+    Example: yeam plugins
+    """
+    from yeam.plugins.registry import described
+
+    with handled(debug, as_json):
+        found = described()
+        if as_json:
+            print_json(found)
+            return
+        if quiet:
+            return
+        from rich.console import Console
+        from rich.padding import Padding
+        from rich.text import Text
+
+        console = Console(highlight=False)
+        for name, plugin in sorted(found.items()):
+            options = "\n".join(
+                f"{key}{' (a model)' if option['model'] else ''}: {'required' if option['required'] else _shown(option['default'])}"
+                for key, option in plugin["options"].items()
+            )
+            console.print(Text.assemble((name, "bold"), f": {plugin['summary']}"))
+            description = plugin["description"].partition("Raises ")[0].rstrip()
+            for text, indent in ((description, 2), (options, 6)):
+                if text:
+                    console.print(Padding(Text(text), (0, 0, 0, indent)))
+            console.print()
 
 
 def families(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from yeam.checkpoint.base import Checkpoint
+from yeam.checkpoint.beside import MODULES
 from yeam.engine.output import Output
 from yeam.planning.files import small_files
 from yeam.planning.jobs import Plan, index_json
@@ -26,9 +27,12 @@ def assemble(
     """Write everything but the tensors into the output. Raises CheckpointError where a donor's file cannot be read."""
     if len(plan.shards) > 1:
         output.add_file("model.safetensors.index.json", index_json(plan))
+    library = "transformers"
     for name, content in small_files(plan, checkpoints):
         output.add_file(name, content)
-    output.add_file("README.md", model_card(plan, loaded, report.out.name, licensing, report.findings))
+        library = "sentence-transformers" if name == MODULES else library
+    card = model_card(plan, loaded, report.out.name, licensing, report.findings, library=library)
+    output.add_file("README.md", card)
     output.add_file("yeam_config.yaml", loaded.text)
     # the folder's place on the author's machine is nobody else's business
     published = {**report.to_dict(), "out": report.out.name}

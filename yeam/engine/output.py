@@ -280,7 +280,7 @@ class Output(Filling):
         """Write a small file of the output. Raises OutputError."""
         path = self.folder / name
         with explained(path):
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.encode() if isinstance(content, str) else content)
 
     def publish(self) -> None:
@@ -305,11 +305,22 @@ class Output(Filling):
             if self._durable:
                 _sync_folder(self.out.parent)
                 _sync_folder(self.partial)
-            with contextlib.suppress(OSError):  # OUT is there: what cannot be tidied up does no harm
-                self._clear()
-                (self.partial / LOCK).unlink()
-                self.partial.rmdir()
+            self._tidy_up()  # OUT is there: what cannot be removed does no harm
         self.close()
+
+    def abandon(self) -> None:
+        """After a failure: OUT.partial waits for a rerun, and goes where it holds nothing that a rerun could use."""
+        super().close()
+        kept = [self.partial / name for name in (REPLACED, STAGES, GUARD)]
+        if not self.finished and not any(os.path.lexists(path) for path in (*kept, *self._rank_journals())):
+            self._tidy_up()
+        self.close()
+
+    def _tidy_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self._clear()
+            (self.partial / LOCK).unlink()
+            self.partial.rmdir()
 
     def close(self) -> None:
         """Release files and the lock; OUT.partial stays for a rerun unless it was published."""

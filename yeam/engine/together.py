@@ -80,7 +80,13 @@ def opened(
             for i, job in enumerate(plan.jobs):
                 done[i // 8] |= (job.name in output.finished) << (i % 8)
             ranks.tell(f"{output.key}/opened", done.hex())
-        yield output
+            yield output
+            return
+        try:
+            yield output
+        except BaseException:
+            output.abandon()
+            raise
 
 
 def run_together(

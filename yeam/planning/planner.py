@@ -10,6 +10,7 @@ from yeam.errors import ConfigError, suggest
 from yeam.families import GROUPS, ROLES
 from yeam.methods import Method, method_named
 from yeam.planning.assign import job_of
+from yeam.planning.files import small_notes
 from yeam.planning.jobs import Job, Plan, layout
 from yeam.planning.members import Member, Members
 from yeam.planning.outline import outline
@@ -56,16 +57,18 @@ def make_plan(
     notes += _job_notes(jobs, absent, outlined.left_out, method)
     notes += vocabulary.notes if vocabulary else ()
     notes += config_notes
-    notes += _kind_notes(members, donor)
+    notes += _kind_notes(members, donor, jobs)
     notes += _idle_notes(members, jobs, method)
     if recipe.math == "exact" and not method.exact:
         notes.append(f"method {method.name} is defined in float32: `math: exact` changes nothing")
+    texts = vocabulary.donor if vocabulary else tokenizer_donor(members, donor, notes)
+    notes += small_notes(donor, texts)
     plan = Plan(
         method=method.name,
         models=models_of(members),
         jobs=tuple(jobs),
         donor=donor.index,
-        tokenizer_donor=(vocabulary.donor if vocabulary else tokenizer_donor(members, donor, notes)).index,
+        tokenizer_donor=texts.index,
         vocabulary=vocabulary.summary if vocabulary else None,
         config=config,
         chat_template=chat_template(loaded, members),
@@ -144,13 +147,14 @@ def _base_notes(loaded: LoadedRecipe, members: Members, jobs: Sequence[Job]) -> 
     ]
 
 
-def _kind_notes(members: Members, donor: Member) -> list[str]:
-    """Models that are of another type than the config.json of the output says."""
+def _kind_notes(members: Members, donor: Member, jobs: Sequence[Job]) -> list[str]:
+    """Models that are merged and of another type than the config.json of the output says."""
+    merged = {source.model for job in jobs for source in job.reads}
     types = {member: member.checkpoint.config.get("model_type") for member in members}
     return [
         f"{member.ref.label} is a {kind}, and config.json says {types[donor]}, as {donor.ref.label} is"
         for member, kind in types.items()
-        if kind is not None and types[donor] is not None and kind != types[donor]
+        if member.index in merged and kind is not None and types[donor] is not None and kind != types[donor]
     ]
 
 

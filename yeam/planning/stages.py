@@ -71,7 +71,7 @@ class StageCheckpoint(Checkpoint):
         self.folder = Path(self._files.name)
         for file, content in small_files(plan, members.checkpoints):
             path = self.folder / file
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.encode() if isinstance(content, str) else content)
 
     def fingerprint(self) -> str:

@@ -75,6 +75,34 @@ def plugins() -> Mapping[str, Plugin]:
     return dict(_PLUGINS)
 
 
+def described() -> dict[str, dict[str, Any]]:
+    """Every plugin by name as plain JSON: its summary and description, its options with type, default and whether they name models."""
+    found = {}
+    for name, function in plugins().items():
+        summary, _, rest = (inspect.getdoc(function) or "").partition("\n\n")
+        parameters = inspect.signature(function).parameters
+        found[name] = {
+            "summary": " ".join(summary.split()),
+            "description": " ".join(rest.split()),
+            "options": {
+                option: _described(parameters[option], option in _REFERENCES[name]) for option in _options(function)
+            },
+        }
+    return found
+
+
+def _described(option: inspect.Parameter, is_model: bool) -> dict[str, Any]:
+    default = None if option.default is option.empty else option.default
+    return {
+        "type": "" if option.annotation is option.empty else str(option.annotation),
+        "default": default
+        if isinstance(default, bool | int | float | str | list | tuple | dict | None)
+        else str(default),
+        "required": option.default is option.empty and option.kind is not option.VAR_KEYWORD,
+        "model": is_model,
+    }
+
+
 def plugin_references(loaded: LoadedRecipe) -> Iterator[tuple[KeyPath, ModelRef]]:
     """Every model that the options of the recipe's plugins name, with its place. Raises ConfigError for an unknown plugin."""
     for number, use in enumerate(loaded.recipe.plugins):

@@ -90,6 +90,11 @@ def moved_into(
             label = f"{model.ref.label} − {base.ref.label} (moved into {host.ref.label})"
         moved.append((context.add(label, checkpoint), checkpoint))
     remarks = dict.fromkeys(remark for _, checkpoint in moved for remark in checkpoint.remarks)
+    published = {
+        member.checkpoint.reference: member.ref.short for member in (host, *(m for pair in pairs for m in pair))
+    }
+    for reference in sorted(published, key=len, reverse=True):  # remarks go into the report: no folder of the machine
+        remarks = dict.fromkeys(remark.replace(reference, published[reference]) for remark in remarks)
     plan = replace(plan, notes=(*plan.notes, *remarks))
     if strength == 0 or budget == 0 or times == 0:
         return plan

@@ -17,17 +17,23 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def model_card(
-    plan: Plan, loaded: LoadedRecipe, name: str, licensing: Licensing | None = None, findings: Sequence[str] = ()
+    plan: Plan,
+    loaded: LoadedRecipe,
+    name: str,
+    licensing: Licensing | None = None,
+    findings: Sequence[str] = (),
+    *,
+    library: str = "transformers",
 ) -> str:
     """README.md of the output: front matter for the Hub, what was merged and how, and the recipe.
 
-    findings: sentences about what the merge came to. Names are escaped, so that a hostile model name cannot bring HTML or
-    Markdown of its own.
+    findings: sentences about what the merge came to. library: by which the Hub loads the model. Names are escaped, so that a hostile
+    model name cannot bring HTML or Markdown of its own.
     """
     refs = loaded.sources()
     parts = [part for ref in refs for part in (ref, ref.lora) if part is not None and not isinstance(part, StageRef)]
     hub = list(dict.fromkeys(part.path for part in parts if not part.is_local() and _HUB_ID.fullmatch(part.path)))
-    front = {"library_name": "transformers", "tags": ["merge", "yeam"], **(licensing.front if licensing else {})}
+    front = {"library_name": library, "tags": ["merge", "yeam"], **(licensing.front if licensing else {})}
     if hub:
         front = {"base_model": hub, "base_model_relation": "merge", **front}
     base = loaded.recipe.base_model

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +122,10 @@ def licensing(pipeline: Pipeline) -> Licensing:
             if not folders and not isinstance(member.ref, StageRef):
                 folders = [member.checkpoint.folder]  # a single file
             for folder in folders:
-                found[member.ref, licence_in(folder / "README.md", member.ref)] = None
+                lora = member.ref.lora
+                is_adapter = lora is not None and (folder / "adapter_config.json").is_file()
+                ref = lora if lora is not None and is_adapter else replace(member.ref, lora=None)
+                found[ref, licence_in(folder / "README.md", ref)] = None
     return Licensing(tuple(found))
 
 

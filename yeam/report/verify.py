@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yeam.checkpoint import Checkpoint, open_checkpoint
-from yeam.checkpoint.folder import listed, read_config, read_json
+from yeam.checkpoint.beside import MODULES
+from yeam.checkpoint.folder import listed, read_any_json, read_config, read_json
 from yeam.engine.memory import cores
 from yeam.errors import CheckpointError, UserError
 from yeam.families import Anatomy, describe
@@ -121,7 +122,7 @@ def _json_files(folder: Path) -> Check:
     names = sorted(path.name for path in folder.glob("*.json"))
     for name in names:
         try:
-            read_json(folder / name)
+            read_any_json(folder / name) if name == MODULES else read_json(folder / name)
         except CheckpointError as error:
             problems.append(error.message)
     if "config.json" not in names:

@@ -1,0 +1,121 @@
+"""What goes along from a model's folder beside the weights: tokenizers of every kind, modules behind the model, code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Llama
+from hub_server import HubServer, Repository, point_at
+from transformers import AutoTokenizer, PhobertTokenizer
+
+import yeam
+
+Recipe = Callable[..., Path]
+
+
+def names(folder: Path) -> set[str]:
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return found - {"README.md", "config.json", "model.safetensors", "yeam_config.yaml", "yeam_report.json"}
+
+
+def test_modules_of_sentence_transformers(tmp_path: Path, llama: Llama, recipe: Recipe) -> None:
+    """A folder of sentence-transformers stays one: its modules are those of the base, and nothing from outside of it."""
+    a, b = llama("a"), llama("b")
+    listed = [
+        ("", "Transformer"),
+        ("1_Pooling", "Pooling"),
+        ("2_Dense", "Dense"),
+        ("../b", "Dense"),
+        ("3_link", "Dense"),
+    ]
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in listed]
+    (b / "config_of_b.json").write_text("{}")
+    (a / "3_link").symlink_to(b)
+    for name in ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "1_Pooling/notes.md",
+                 "config_sentence_transformers.json", "sentence_bert_config.json", "4_other/config.json"):  # fmt: skip
+        (a / name).parent.mkdir(exist_ok=True)
+        (a / name).write_text("{}")
+    (a / "modules.json").write_text(json.dumps(modules))
+    report = yeam.merge(recipe(a, b), tmp_path / "out")
+    assert names(tmp_path / "out") == {
+        "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json",
+        "2_Dense/config.json", "2_Dense/model.safetensors",
+    }  # fmt: skip
+    assert [note for note in report.notes if "not merged" in note and "2_Dense/model.safetensors" in note]
+    assert yeam.verify(tmp_path / "out").ok
+    assert "\nlibrary_name: sentence-transformers\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_tokenizers_in_unusual_files(tmp_path: Path, llama: Llama, recipe: Recipe) -> None:
+    a, b = llama("a"), llama("b")
+    (tmp_path / "vocab.txt").write_text("xin@@ 9\nchào 8\nxin 7\n")
+    (tmp_path / "bpe.codes").write_text("x i 9\nxi n</w> 8\n")
+    PhobertTokenizer(str(tmp_path / "vocab.txt"), str(tmp_path / "bpe.codes")).save_pretrained(a)
+    for name in ("normalizer.json", "entity_vocab.json", "spm.model", "qwen.tiktoken"):
+        (a / name).write_text("{}")
+    yeam.merge(recipe(a, b), tmp_path / "out")
+    assert {"bpe.codes", "normalizer.json", "entity_vocab.json", "spm.model", "qwen.tiktoken"} <= names(
+        tmp_path / "out"
+    )
+    for name in ("normalizer.json", "entity_vocab.json", "spm.model", "qwen.tiktoken"):
+        (tmp_path / "out" / name).unlink()
+    texts = [AutoTokenizer.from_pretrained(folder).encode("xin chào") for folder in (a, tmp_path / "out")]
+    assert texts[0] == texts[1]
+
+
+def test_code_of_a_tokenizer(tmp_path: Path, llama: Llama, recipe: Recipe) -> None:
+    """Code that only the tokenizer names goes along, and is not run; code that is not there is told of."""
+    a, b = llama("a"), llama("b")
+    (a / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization_own.T", null]}}')
+    (a / "tokenization_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    report = yeam.merge(recipe(a, b), tmp_path / "out")
+    assert (
+        names(tmp_path / "out") == {"tokenizer_config.json", "tokenization_own.py"} and not (tmp_path / "ran").exists()
+    )
+    assert [note for note in report.notes if note.startswith("tokenization_own.py: code of") and "not run" in note]
+    (a / "tokenization_own.py").unlink()
+    notes = yeam.plan(recipe(a, b)).notes
+    assert [note for note in notes if "does not have: tokenization_own.py" in note]
+
+
+def test_code_of_a_repository(tmp_path: Path, llama: Llama, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code on the Hub is not downloaded: the output names it as the repository's; modules behind the model are."""
+    a, b = (
+        llama("a", config={"auto_map": {"AutoConfig": "configuration_own.C", "AutoModel": "other/code--m.M"}}),
+        llama("b"),
+    )
+    (a / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization_own.T", null]}}')
+    modules = [
+        {"path": "", "type": "custom_st.Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformers.models.P"},
+    ]
+    for name, text in {
+        "modules.json": json.dumps(modules),
+        "1_Pooling/config.json": "{}",
+        "custom_st.py": "",
+        "onnx/config.json": "",
+    }.items():
+        (a / name).parent.mkdir(exist_ok=True)
+        (a / name).write_text(text)
+    server = HubServer({"org/a": Repository(a)}).start()
+    try:
+        point_at(server, monkeypatch, tmp_path / "cache")
+        report = yeam.merge(recipe("org/a", b), tmp_path / "out")
+    finally:
+        server.stop()
+    out = tmp_path / "out"
+    assert names(out) == {"tokenizer_config.json", "modules.json", "1_Pooling/config.json"}
+    assert not [name for _, name in server.sent if name.endswith(".py") or name.startswith("onnx")]
+    written = {
+        name: json.loads((out / name).read_text()) for name in ("config.json", "tokenizer_config.json", "modules.json")
+    }
+    assert written["config.json"]["auto_map"] == {
+        "AutoConfig": "org/a--configuration_own.C",
+        "AutoModel": "other/code--m.M",
+    }
+    assert written["tokenizer_config.json"]["auto_map"] == {"AutoTokenizer": ["org/a--tokenization_own.T", None]}
+    assert [entry["type"] for entry in written["modules.json"]] == ["org/a--custom_st.Transformer", modules[1]["type"]]
+    assert [note for note in report.notes if "configuration_own.py" in note and "org/a" in note], report.notes

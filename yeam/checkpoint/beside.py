@@ -1,0 +1,74 @@
+"""The files beside a model's weights, by the names under which transformers and sentence-transformers look for them.
+
+The output takes these from a model's folder and nothing else: no weights in another format, no training state, no card, no pictures.
+"""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "vocab.bpe",
+        "bpe.codes",
+        "dict.txt",
+        "vocab-src.json",
+        "vocab-tgt.json",
+    ),
+    *("target_vocab.json", "entity_vocab.json", "word_shape.json", "word_pronunciation.json", "byte_maps.json"),
+    *("emoji.json", "normalizer.json", "prophetnet.tokenizer", "tekken.json", "tokenizer.model.v*", "*.tiktoken"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "spm.model"),
+    *("spm_char.model", "tiktoken.model", "source.spm", "target.spm", "chat_template.jinja", "chat_template.json"),
+)
+"""Patterns of names: what the tokenizers of transformers read, and the tokenizers of models with code of their own."""
+
+MODULES = "modules.json"
+OTHER_FILES = (
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("audio_tokenizer_config.json", MODULES, "config_sentence_transformers.json", "sentence_*_config.json"),
+)
+"""Patterns of names: generation, processors of images, video and sound, and what makes a model one of sentence-transformers."""
+
+_MODULE_FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "pytorch_model.bin")
+_MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_MODULE_PATH = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)
+
+
+def named(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
+    """Name → plain file directly in `folder` that one of the patterns fits, in the order of the patterns."""
+    there = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    names = dict.fromkeys(name for pattern in patterns for name in there if fnmatchcase(name, pattern))
+    return {name: folder / name for name in names}
+
+
+def module_paths(modules: Any) -> list[str]:
+    """The folders of further modules (pooling, dense layers) that the content of a `modules.json` names, within the model's own."""
+    entries = [entry for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
+    paths = [entry.get("path") for entry in entries]
+    return [path for path in paths if isinstance(path, str) and _MODULE_PATH.fullmatch(path)]
+
+
+def is_module_file(name: str, paths: list[str]) -> bool:
+    """Whether the file, by its name relative to the model's folder, belongs to one of the modules."""
+    leaf = name.rpartition("/")[2]
+    return name.startswith(tuple(f"{path}/" for path in paths)) and any(fnmatchcase(leaf, p) for p in _MODULE_FILES)
+
+
+def module_files(folder: Path, modules: Any) -> dict[str, Path]:
+    """Name in the output → file of the modules that the content of `modules.json` names."""
+    paths = [path for path in module_paths(modules) if (folder / path).resolve().is_relative_to(folder.resolve())]
+    files = [path for each in paths for path in sorted((folder / each).rglob("*")) if path.is_file()]
+    found = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: path for name, path in found.items() if is_module_file(name, paths)}
+
+
+def module_weights(files: dict[str, Path]) -> list[str]:
+    """Those of `module_files` that hold weights."""
+    return [name for name in files if name.rpartition("/")[2] in _MODULE_WEIGHTS]
