@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from yeam.checkpoint.dtypes import dtype_named
-from yeam.compiled import KINDS, Array, clone, tensor, words
+from yeam.compiled import KINDS, Array, clone, settled, tensor, words
 from yeam.methods import Method, Tile
 from yeam.methods.inputs import StoredTile
 
@@ -82,4 +82,4 @@ class HeldInputs:
 
 def outcome(method: Method, inputs: HeldInputs, values: Mapping[str, Any]) -> Tensor:
     """What the method makes of them, [T]."""
-    return torch.cat([tensor(clone(part)) for part in method.run(inputs, values)])
+    return torch.cat([tensor(clone(settled(part))) for part in method.run(inputs, values)])

@@ -37,6 +37,25 @@ def departure(x, delta_K):
     return float((x.square().sum() - along).clamp(min=0))
 
 
+def meet(x, delta_K, axes=16, seed=0):
+    """x moved to where whole rows meet, in the axes of the inputs that the sources use most; of every row, not of a sample."""
+    K, rows, columns = delta_K.shape
+    moments = [d.T @ d / d.square().sum().clamp(min=torch.finfo(d.dtype).tiny) for d in delta_K]
+    axes = min(axes, max(1, 256 // K))
+    Q = torch.eye(columns, dtype=x.dtype)
+    if K * axes < columns:
+        mix = torch.randn(rows, axes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(x)
+        spans = [torch.linalg.qr(C @ d.T @ mix).Q for d, C in zip(delta_K, moments) if float(C.norm()) > 0]
+        left, values, _ = torch.linalg.svd(torch.cat(spans, dim=1), full_matrices=False)
+        Q = left[:, values.square() > 1e-3]
+    small = [Q.T @ C @ Q for C in moments]
+    extra = K / columns * torch.eye(Q.shape[1], dtype=x.dtype)
+    inverse = torch.linalg.inv(sum(small) + extra)
+    for d, C in zip(delta_K, small):
+        x = x + d @ Q @ (K * (C + extra / K) @ inverse - torch.eye(Q.shape[1], dtype=x.dtype)) @ Q.T
+    return x
+
+
 def spread_columns(x_MN, width, alpha, generator, floor=1e-6, noise=0.0):
     """Equalise the columns of x inside frames of `width`, grouped by a random permutation; noise: its mean square in an element.
 
@@ -64,15 +83,17 @@ def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0):
     norms_K = delta_K.reshape(len(delta_K), -1).norm(dim=1)
     if float(x.norm()) == 0:
         return base.clone()
-    longest = float(2 * x.norm() / norms_K.mean())  # conflict is not blown up
+    longest = float(2.5 * x.norm() / norms_K.mean())  # conflict is not blown up
     if x.dim() != 2 or min(x.shape) < 8:
         return base + lam * min(1.0, longest) * x * norms_K.mean() / x.norm()
     reach = None
     alpha = 1 - agreement(delta_K) if float(base.norm()) > 0 else 0.0  # frames are for updates, not for whole weights
+    spread = departure(x, delta_K)
+    x = meet(x, delta_K, seed=seed) if width and float(base.norm()) > 0 else x
     if width and alpha > 0:
         generator = torch.Generator().manual_seed(seed)
         edge = (1 + (min(width, *x.shape) / max(x.shape)) ** 0.5) ** 2
-        noise = edge * departure(x, delta_K) / x.numel()
+        noise = edge * spread / x.numel()
         for number in range(rounds):
             known = 0.0 if number else noise
             if x.shape[1] <= x.shape[0]:
@@ -86,7 +107,7 @@ def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0):
     progress = float((x * delta_K.sum(0)).sum() / norms_K.square().sum())
     found = max(progress, 1e-3)
     shared = max(1.0, float(delta_K.sum(0).square().sum() / norms_K.square().sum()))
-    scale = min(max(1.4 * found / shared / displacement**0.25, 0.13 * found**0.5 / displacement) ** alpha, longest)
+    scale = min(max(1.7 * found / shared / displacement**0.25, 0.16 * found**0.5 / displacement) ** alpha, longest)
     if progress > 0:
         beyond = 1.0 if reach is None else 0.85 * reach / len(delta_K) ** 0.5 / displacement**0.1
         scale = min(scale, beyond**alpha / progress)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 import transformers as tf
 from hub_server import HubServer, Repository
@@ -238,12 +239,14 @@ def test_rays_frames_and_length_by_formula(tmp_path: Path, frames: str | int) ->
         total = (deltas @ deltas.T).sum() / norms.square().sum()
         alpha = 1 - (total - 1).clamp(0, 1)
         rows = 8 if name == q_name else len(point)  # of what frames see
+        met = reference.meet(point, deltas.view(2, *point.shape)) if frames == 256 else point
         total_update = deltas.sum(0)
         departure = point.square().sum() - (total_update @ point.flatten()) ** 2 / total_update.square().sum()
         left = 0.154 * 4.0**-8 * x[name].square().sum()
         rounding = (left * norms.square() / (left + norms.square())).sum()
         noise = (rounding + (1 + (rows / 32) ** 0.5) ** 2 * departure) / len(point)
-        heads = point.view(-1, rows, 32)
+        signal = float(1 - rounding / norms.square().sum())
+        heads = (point + signal * (met - point)).view(-1, rows, 32)
         values, axes = torch.linalg.eigh(heads @ heads.mT)
         signal = (1 - noise / values).clamp(min=0.01)
         power = (signal / values) ** (alpha / 2) if frames == 256 else torch.ones_like(values)
@@ -257,8 +260,8 @@ def test_rays_frames_and_length_by_formula(tmp_path: Path, frames: str | int) ->
         progress = (deltas @ hat.flatten()).sum() / norms.square().sum()
         displacement = norms.max() / x[name].norm()
         shared = total.clamp(min=1)
-        law = max(1.4 * progress / shared / displacement**0.25, 0.13 * progress**0.5 / displacement) ** alpha
-        bound = 2 * raw.norm() / norms.mean()
+        law = max(1.7 * progress / shared / displacement**0.25, 0.16 * progress**0.5 / displacement) ** alpha
+        bound = 2.5 * point.norm() / norms.mean()
         beyond = 0.85 * reach / 2**0.5 / displacement**0.1 if frames == 256 else 1.0
         step = min(law, bound) if name == q_name else min(law, bound, beyond**alpha / progress)
         torch.testing.assert_close(out[name] - x[name], hat * step, rtol=1e-9, atol=1e-12)

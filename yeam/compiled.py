@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from yeam.alone import import_numba
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -21,8 +23,45 @@ KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+
+
 Values: TypeAlias = "Tensor | Array"
 """Numbers of a method: a tensor, or float32 in an array where compiled loops do all the work, so that torch is not even imported."""
+
+
+class Deferred:
+    """Elements of an output that a loop has yet to make, straight into the words of a file's buffer: no float32 copy of a tile goes
+    through memory. To be taken before the next ones are asked for.
+
+    loop(out_S, to): writes them as `yeam.stored.put` does, and returns the sum of their squares; may be called again.
+    """
+
+    def __init__(self, size: int, loop: Callable[[Array, int], float]) -> None:
+        self.shape = (size,)
+        self._loop = loop
+
+    def store(self, kind: int, word_S: Array) -> float:
+        """As `yeam.stored.narrow`, of these elements."""
+        if kind == KINDS["F16"]:
+            from yeam.stored import narrow
+
+            return narrow(self.values(), kind, word_S)
+        return float(self._loop(word_S, kind))
+
+    def values(self) -> Array:
+        """The elements, float32 [T]."""
+        found: Array = np.empty(self.shape, np.float32)
+        self._loop(found.view(np.uint16), KINDS["F32"])
+        return found
+
+
+Result: TypeAlias = "Tensor | Array | Deferred"
+"""What a method yields."""
+
+
+def settled(x: Result) -> Values:
+    """The numbers themselves."""
+    return x.values() if isinstance(x, Deferred) else x
 
 
 def is_compiled(x: Values) -> bool:
@@ -66,6 +105,7 @@ def loops(*, free: frozenset[str] = frozenset()) -> Callable[[Callable[..., Any]
 
     free: LLVM's fast-math flags, the liberties that rounding allows; none by default, so that results are those of the source's order.
     """
+    import_numba()
     from numba import njit
 
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(free) or False}

@@ -88,11 +88,19 @@ def _add(x_T, factor, out_T):  # type: ignore[no-untyped-def]
 @_fused
 def _add_difference(x_T, base_T, factor, out_T):  # type: ignore[no-untyped-def]
     for i in range(len(out_T)):
-        out_T[i] += factor * (as_float32(x_T[i]) - base_T[i])
+        out_T[i] += factor * (as_float32(x_T[i]) - as_float32(base_T[i]))
 
 
 @_fused
-def _subtract(x_T, base_T, out_T):  # type: ignore[no-untyped-def]
+def _start_difference(x_T, base_T, factor, out_T):  # type: ignore[no-untyped-def]
+    for i in range(len(out_T)):
+        base = as_float32(base_T[i])
+        out_T[i] = base + factor * (as_float32(x_T[i]) - base)
+
+
+@_fused
+def subtract(x_T, base_T, out_T):  # type: ignore[no-untyped-def]
+    """x_T, float32 or words of bfloat16, less base_T (float32)."""
     for i in range(len(x_T)):
         out_T[i] = as_float32(x_T[i]) - base_T[i]
 
@@ -114,38 +122,70 @@ def _dot(a_T, b_T):  # type: ignore[no-untyped-def]
 
 
 @_fused
-def combine(word_VS, kind, factor, out_T):  # type: ignore[no-untyped-def]
-    """Σ_v factor_v · x_v into out_T [T] (float32). factor [V]: float32."""
-    bits = np.empty(STEP, np.uint32)
+def _narrow_bfloat16(bits_T, word_T):  # type: ignore[no-untyped-def]
+    """To the nearest, of two the even one; any NaN becomes the quiet one."""
+    half, one = np.uint32(0x7FFF), np.uint32(1)
+    for i in range(len(bits_T)):
+        bits = bits_T[i]
+        odd = (bits >> np.uint32(16)) & one
+        rounded = (bits + half + odd) >> np.uint32(16)
+        is_nan = (bits & np.uint32(0x7FFFFFFF)) > _INFINITY
+        word_T[i] = np.uint16(np.uint32(0x7FC0) if is_nan else rounded)
+
+
+@_fused
+def put(x_T, start, to, out_S):  # type: ignore[no-untyped-def]
+    """x_T (float32) as elements from `start` on of the words out_S: bfloat16 where `to` is 0, as it is where `to` is 2; returns Σ x²."""
+    stop = start + len(x_T)
+    if to == 0:
+        _narrow_bfloat16(x_T.view(np.uint32), out_S[start:stop])
+    else:
+        out_S.view(np.float32)[start:stop] = x_T
+    return np.float64(_dot(x_T, x_T))
+
+
+@_fused
+def combine(word_VS, kind, factor, out_S, to):  # type: ignore[no-untyped-def]
+    """Σ_v factor_v · x_v into the words out_S as `put` has them, as many as fill it; returns Σ of its squares. factor [V]: float32."""
+    bits, sum_T, square = np.empty(STEP, np.uint32), np.empty(STEP, np.float32), 0.0
     x = bits.view(np.float32)
-    for start in range(0, len(out_T), STEP):
-        part_T = out_T[start : start + STEP]
-        size = len(part_T)
+    T = len(out_S) if to == 0 else len(out_S) // 2
+    for start in range(0, T, STEP):
+        size = min(STEP, T - start)
+        part_T = sum_T[:size]
         for v in range(len(factor)):
             if kind == 0:
                 _combine_step(word_VS[v, start : start + size], factor[v], v == 0, part_T)
             else:
                 widen(word_VS[v], start, kind, x[:size], bits[:size])
                 _combine_step(x[:size], factor[v], v == 0, part_T)
+        square += put(part_T, start, to, out_S)
+    return square
 
 
 @_fused
-def move(word_VS, kind, factor, out_T):  # type: ignore[no-untyped-def]
-    """base + Σ_k factor_k · (x_k − base) into out_T [T] (float32), the base being the row after the K sources. factor [K]: float32."""
-    bits, base_bits = np.empty(STEP, np.uint32), np.empty(STEP, np.uint32)
-    x, base = bits.view(np.float32), base_bits.view(np.float32)
+def move(word_VS, kind, factor, out_S, to):  # type: ignore[no-untyped-def]
+    """base + Σ_k factor_k · (x_k − base) as `combine` gives its sum, the base being the row after the K sources. factor [K]: float32."""
+    bits, base_bits, sum_T = np.empty(STEP, np.uint32), np.empty(STEP, np.uint32), np.empty(STEP, np.float32)
+    x, base, square = bits.view(np.float32), base_bits.view(np.float32), 0.0
     K = len(factor)
-    for start in range(0, len(out_T), STEP):
-        part_T = out_T[start : start + STEP]
-        size = len(part_T)
-        widen(word_VS[K], start, kind, base[:size], base_bits[:size])
-        part_T[:] = base[:size]
-        for k in range(K):
-            if kind == 0:
-                _add_difference(word_VS[k, start : start + size], base[:size], factor[k], part_T)
-            else:
+    T = len(out_S) if to == 0 else len(out_S) // 2
+    for start in range(0, T, STEP):
+        size = min(STEP, T - start)
+        part_T = sum_T[:size]
+        if kind == 0:
+            base_word = word_VS[K, start : start + size]
+            _start_difference(word_VS[0, start : start + size], base_word, factor[0], part_T)
+            for k in range(1, K):
+                _add_difference(word_VS[k, start : start + size], base_word, factor[k], part_T)
+        else:
+            widen(word_VS[K], start, kind, base[:size], base_bits[:size])
+            part_T[:] = base[:size]
+            for k in range(K):
                 widen(word_VS[k], start, kind, x[:size], bits[:size])
                 _add_difference(x[:size], base[:size], factor[k], part_T)
+        square += put(part_T, start, to, out_S)
+    return square
 
 
 @_fused
@@ -160,7 +200,7 @@ def add_products(word_VS, kind, T, relative, products):  # type: ignore[no-untyp
             widen(word_VS[v], start, kind, x[v, :size], bits[v, :size])
         if relative:
             for k in range(count):
-                _subtract(x[k, :size], x[V - 1, :size], x[k, :size])
+                subtract(x[k, :size], x[V - 1, :size], x[k, :size])
         for i in range(count):
             for j in range(i + 1):
                 products[i, j] += np.float64(_dot(x[i, :size], x[j, :size]))
@@ -177,35 +217,33 @@ def differences(word_VS, kind, start, delta_KT, base_T):  # type: ignore[no-unty
         for k in range(K):
             delta = delta_KT[k, begin : begin + size]
             if kind == 0:
-                _subtract(word_VS[k, start + begin : start + begin + size], base, delta)
+                subtract(word_VS[k, start + begin : start + begin + size], base, delta)
             else:
                 widen(word_VS[k], start + begin, kind, delta, delta.view(np.uint32))
-                _subtract(delta, base, delta)
+                subtract(delta, base, delta)
 
 
 @_fused
-def shift(word_S, kind, point_T, factor, out_T):  # type: ignore[no-untyped-def]
-    """x + factor · point into out_T [T] (float32), x being one row."""
-    bits = np.empty(STEP, np.uint32)
+def _shift_step(x_T, point_T, factor, out_T):  # type: ignore[no-untyped-def]
+    for i in range(len(out_T)):
+        out_T[i] = as_float32(x_T[i]) + factor * point_T[i]
+
+
+@_fused
+def shift(word_S, kind, point_T, factor, out_S, to):  # type: ignore[no-untyped-def]
+    """x + factor · point, x being one row, into the words out_S as `put` has them; returns Σ of its squares."""
+    bits, sum_T, square = np.empty(STEP, np.uint32), np.empty(STEP, np.float32), 0.0
     x = bits.view(np.float32)
-    for start in range(0, len(out_T), STEP):
-        part_T = out_T[start : start + STEP]
-        size = len(part_T)
-        widen(word_S, start, kind, x[:size], bits[:size])
-        part_T[:] = x[:size]
-        _add(point_T[start : start + size], factor, part_T)
-
-
-@_fused
-def _narrow_bfloat16(bits_T, word_T):  # type: ignore[no-untyped-def]
-    """To the nearest, of two the even one; any NaN becomes the quiet one."""
-    half, one = np.uint32(0x7FFF), np.uint32(1)
-    for i in range(len(bits_T)):
-        bits = bits_T[i]
-        odd = (bits >> np.uint32(16)) & one
-        rounded = (bits + half + odd) >> np.uint32(16)
-        is_nan = (bits & np.uint32(0x7FFFFFFF)) > _INFINITY
-        word_T[i] = np.uint16(np.uint32(0x7FC0) if is_nan else rounded)
+    for start in range(0, len(point_T), STEP):
+        stop = min(start + STEP, len(point_T))
+        size = stop - start
+        if kind == 0:
+            _shift_step(word_S[start:stop], point_T[start:stop], factor, sum_T[:size])
+        else:
+            widen(word_S, start, kind, x[:size], bits[:size])
+            _shift_step(x[:size], point_T[start:stop], factor, sum_T[:size])
+        square += put(sum_T[:size], start, to, out_S)
+    return square
 
 
 @_fused

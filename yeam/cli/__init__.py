@@ -20,9 +20,11 @@ def main() -> None:
         )
         raise SystemExit(2)
     try:
+        from yeam import alone
         from yeam.cli.app import app
         from yeam.engine.memory import share_one_heap
 
+        alone.declare()
         share_one_heap()
         # imports and plans make objects by the hundred thousand, and none that goes before the process does
         gc.set_threshold(MANY)

@@ -22,6 +22,7 @@ CPU_TILE = 1 << 18  # elements: large enough that calls into torch do not count,
 CUDA_TILE = 1 << 24  # as many elements where the device's free memory allows: more would not be faster
 CUDA_SHARE = 0.8  # of the free memory: the rest is for what methods allocate on the way
 TORCH = 144 << 20  # bytes that importing torch takes, and its first factorization
+LOOPS = 40 << 20  # bytes that numba and the loops of a method take
 AMPLE = 128 << 20  # bytes for a lane's tiles on the CPU: of many sources tiles are shorter, and memory does not grow
 
 
@@ -79,8 +80,10 @@ def _unlike(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> list[Job]
 
 
 def _to_import(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> int:
-    """Bytes that torch will take where it is not there yet and a job needs it."""
-    return TORCH if "torch" not in sys.modules and any(_needs_torch(job, checkpoints) for job in jobs) else 0
+    """Bytes that torch and numba will take where they are not there yet and a job needs them."""
+    torch = "torch" not in sys.modules and any(_needs_torch(job, checkpoints) for job in jobs)
+    loops = "numba" not in sys.modules and any(job.method != "copy" for job in jobs)
+    return TORCH * torch + LOOPS * loops
 
 
 def _needs_torch(job: Job, checkpoints: Sequence[Checkpoint]) -> bool:

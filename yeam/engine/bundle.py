@@ -21,7 +21,7 @@ import xxhash
 
 from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.dtypes import DTYPES
-from yeam.compiled import KINDS, Array, array, is_compiled
+from yeam.compiled import KINDS, Array, array, is_compiled, settled
 from yeam.engine.checks import check_finite
 from yeam.engine.tiles import JobInputs, Lane, lies_here, stored_kind
 from yeam.engine.totals import Totals
@@ -101,9 +101,9 @@ def computed(
     made = []
     with contextlib.closing(method_named(jobs[0].method).run(inputs, jobs[0].parameters)) as tiles:  # type: ignore[type-var]
         tile_T = next(tiles, None)
-        if tile_T is None or math.prod(tile_T.shape) != T or inputs.facts or not is_compiled(tile_T):
+        if tile_T is None or math.prod(tile_T.shape) != T or inputs.facts or not is_compiled(values := settled(tile_T)):
             return None
-        x_T = np.ascontiguousarray(array(tile_T)).reshape(-1)
+        x_T = np.ascontiguousarray(array(values)).reshape(-1)
         buffer = lane.buffer(("write", 0), T * dtype.itemsize)
         word_S = buffer.view(np.uint16)
         words = dtype.itemsize // 2

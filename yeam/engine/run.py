@@ -22,7 +22,7 @@ import xxhash
 
 from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.dtypes import DTYPES
-from yeam.compiled import KINDS, Values, array, is_compiled, tensor
+from yeam.compiled import KINDS, Deferred, Result, array, is_compiled, settled, tensor
 from yeam.engine.budget import lanes_for
 from yeam.engine.bundle import Made, bundles, computed, taken
 from yeam.engine.checks import check_finite, checked_square, culprit
@@ -337,7 +337,7 @@ class _Sink:
         self._square = 0.0
         self._slot = 0
 
-    def put(self, tile_T: Values) -> None:
+    def put(self, tile_T: Result) -> None:
         """The next elements of the output, in order."""
         job, at, T = self._job, self._at, math.prod(tile_T.shape)
         self._at += T
@@ -349,16 +349,21 @@ class _Sink:
             writing.result()
         buffer = self._lane.buffer(("write", self._slot), T * self._dtype.itemsize)
         wait: Wait | None = None
-        if self._kind is not None and is_compiled(tile_T):
+        if self._kind is not None and isinstance(tile_T, Deferred):
+            square = tile_T.store(self._kind, buffer.view(np.uint16))
+            check_finite(square, tile_T.values, job, self._allow_nan, blame)
+            self._square += square
+        elif self._kind is not None and is_compiled(values := settled(tile_T)):
             from yeam.stored import narrow
 
-            x_T = np.ascontiguousarray(array(tile_T)).reshape(-1)
+            x_T = np.ascontiguousarray(array(values)).reshape(-1)
             square = narrow(x_T, self._kind, buffer.view(np.uint16))
             check_finite(square, lambda: x_T, job, self._allow_nan, blame)
             self._square += square
         else:
-            self._square += checked_square(tensor(tile_T), job, self._allow_nan, blame)
-            wait = self._lane.stage.download(tensor(tile_T), tensor(buffer).view(self._dtype.torch))
+            values = settled(tile_T)
+            self._square += checked_square(tensor(values), job, self._allow_nan, blame)
+            wait = self._lane.stage.download(tensor(values), tensor(buffer).view(self._dtype.torch))
 
         def write(digest: Any = self._digest) -> None:
             if wait is not None:

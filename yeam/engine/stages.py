@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from yeam.checkpoint import Checkpoint, Extent, open_checkpoint
 from yeam.checkpoint.base import claim
 from yeam.checkpoint.dtypes import DTYPES
-from yeam.compiled import Array, Values, tensor
+from yeam.compiled import Array, Result, settled, tensor
 from yeam.engine.budget import check_memory
 from yeam.engine.checks import checked_square, culprit
 from yeam.engine.device import Device
@@ -106,11 +106,11 @@ class Streamed:
         inputs = _Range(job, self._checkpoints, self._local.lane, begin, end, self._totals)
         at = 0
         if job.method == "copy":
-            tiles: Iterator[Values] = (tile.sources_KT[0] for tile in inputs.tiles())
+            tiles: Iterator[Result] = (tile.sources_KT[0] for tile in inputs.tiles())
         else:
             tiles = method_named(job.method).run(inputs, job.parameters)
         with contextlib.closing(tiles):  # type: ignore[type-var]
-            for tile_T in map(tensor, tiles):
+            for tile_T in map(tensor, map(settled, tiles)):
                 first, last = begin + at, begin + at + tile_T.numel()
                 checked_square(
                     tile_T,

@@ -8,6 +8,7 @@ Legend: K sources, T elements of a tile.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import threading
 from collections import deque
@@ -130,6 +131,7 @@ class Lane:
                 self._memory.pop(HELD, None)
             if kept_now > kept:
                 del self._buffers[KEEP]
+            gc.collect()  # a first call into compiled loops leaves circles of frames, which hold arrays over that memory
 
     @property
     def sizes(self) -> tuple[int, int]:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from yeam.compiled import is_compiled
+
 LEAST_SHARE = 0.01  # of an axis that is taken to be more than rounding
 FLOOR = 1e-6  # eigenvalues below this share of the matrix's largest are treated as this share
 LEAST_CUT = 128  # axes of a Gram matrix that is worth computing by halves
@@ -80,21 +82,37 @@ def _spread_columns_(
     columns = x_MN.shape[1]
     place_N = torch.arange(columns)  # column j of the original now stands at place_N[j]
     bands = torch.split(x_MN, max(1, _TILE // columns))
-    before: tuple[_ColumnGrams, list[Tensor]] | None = None
+    work_RN = torch.empty_like(bands[0])
+    powers: list[Tensor] = []
     for number in range(rounds + 1):
         last = number == rounds
         order_N = torch.arange(columns) if last else torch.randperm(columns, generator=generator)
-        here_N = place_N[order_N].to(x_MN.device)
+        here_N = place_N[order_N]
         grams = _ColumnGrams(x_MN, width)
         for band_RN in bands:
-            if before is not None:
-                before[0].apply_(band_RN, before[1])
-            tile_RN = band_RN.index_select(1, here_N)
+            tile_RN = work_RN[: len(band_RN)]
+            if number == 0:
+                _reorder(band_RN, [columns], here_N, tile_RN)
+                band_RN.copy_(tile_RN)
+            else:
+                _reorder(tile_RN, grams.apply(band_RN, powers, tile_RN), here_N, band_RN)
             if not last:
-                grams.add(tile_RN)
-            band_RN.copy_(tile_RN)
+                grams.add(band_RN if number else tile_RN)
         place_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(columns))
-        before = None if last else (grams, _powers(grams.grams, alpha, *((0.0, None) if number else (noise, axes))))
+        powers = [] if last else _powers(grams.grams, alpha, *((0.0, None) if number else (noise, axes)))
+
+
+def _reorder(x_RN: Tensor, widths: list[int], here_N: Tensor, out_RN: Tensor) -> None:
+    """out_RN[:, j] is column here_N[j] of x_RN, whose memory holds groups of columns of these widths (only the last may have another one
+    than the others) one after the other, each [R, w]."""
+    if is_compiled(x_RN):
+        from yeam.geometry.kernels import reorder
+
+        reorder(x_RN.numpy().reshape(-1), widths[0], here_N.numpy(), out_RN.numpy())
+        return
+    parts = torch.split(x_RN.reshape(-1), [len(x_RN) * width for width in widths])
+    whole_RN = torch.cat([part.view(len(x_RN), -1) for part in parts], dim=1)
+    torch.index_select(whole_RN, 1, here_N.to(x_RN.device), out=out_RN)
 
 
 def _spread_rows_(
@@ -193,10 +211,14 @@ class _ColumnGrams:
         for gram_Fww, frame_FRw in zip(self.grams, self._frames(tile_RN)):
             _add_gram_(gram_Fww, frame_FRw)
 
-    def apply_(self, tile_RN: Tensor, powers: list[Tensor]) -> Tensor:
+    def apply(self, tile_RN: Tensor, powers: list[Tensor], out_RN: Tensor) -> list[int]:
+        """The frames of a tile by the powers, into the memory of out_RN one after the other; returns their widths."""
+        flat_T, widths = out_RN.view(-1), []
         for power_Fww, frame_FRw in zip(powers, self._frames(tile_RN)):
-            frame_FRw.copy_(torch.bmm(frame_FRw, power_Fww))
-        return tile_RN
+            whole_T, flat_T = flat_T[: frame_FRw.numel()], flat_T[frame_FRw.numel() :]
+            torch.bmm(frame_FRw, power_Fww, out=whole_T.view(frame_FRw.shape))
+            widths += [frame_FRw.shape[2]] * len(frame_FRw)
+        return widths
 
 
 def _powers(grams: list[Tensor], alpha: float, noise: float = 0.0, axes: Axes | None = None) -> list[Tensor]:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from yeam.compiled import KINDS, Array, Values, array, is_compiled, tensor, words
+from yeam.compiled import KINDS, Array, Deferred, Result, Values, array, is_compiled, tensor, words
 from yeam.geometry.length import Moments
 from yeam.methods.inputs import StoredTile, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from yeam.geometry.meeting import Meeting
 
 
 def updates_(source_KT: Tensor, base_T: Tensor | None, weight: Sequence[float]) -> Tensor:
@@ -32,12 +35,17 @@ def updates_(source_KT: Tensor, base_T: Tensor | None, weight: Sequence[float]) 
 
 
 def resolve(
-    part: Tile | StoredTile, weight: Sequence[float], softness: float, moments: Moments, out_T: Values
+    part: Tile | StoredTile,
+    weight: Sequence[float],
+    softness: float,
+    moments: Moments,
+    out_T: Values,
+    meeting: Meeting | None = None,
 ) -> Values:
     """The point where the rays of the updates meet, in out_T [T], which is returned; `moments` take the tile in.
 
     part: of K ≥ 2 sources, contiguous, may be overwritten; weight: K numbers. Tiles that begin at multiples of 2,048
-    give the same sums however long they are.
+    give the same sums however long they are. meeting: moves the point afterwards; a tile is of whole bands of it then, or ends the matrix.
     """
     if isinstance(part, Tile) and not is_compiled(part.sources_KT):
         from yeam.geometry.rays import ray_point
@@ -45,6 +53,9 @@ def resolve(
         delta_KT, point_T = updates_(part.sources_KT, part.base_T, weight), tensor(out_T)
         ray_point(delta_KT, softness, out=point_T)
         moments.add(delta_KT, part.base_T, point_T)
+        if meeting is not None:
+            for at in range(0, len(point_T), meeting.band):
+                meeting.add_(delta_KT[:, at : at + meeting.band], point_T[at : at + meeting.band])
         return out_T
 
     from yeam.geometry.kernels import ray_points
@@ -61,7 +72,37 @@ def resolve(
         moments.along_K,
         moments.squares_2,
     )
+    if meeting is not None:
+        room_T = np.empty((len(weight) + 1) * min(meeting.band, len(out_T)), np.float32)
+        for at in range(0, len(out_T), meeting.band):
+            delta_KT, _ = _updates_of(word_VS, kind, weight, at, min(meeting.band, len(out_T) - at), room_T)
+            meeting.add_(delta_KT, tensor(out_T[at : at + meeting.band]))
     return out_T
+
+
+def updates_of(part: Tile | StoredTile, weight: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """weight_k · (source_k − base) [K, T] of a tile with a base, and the base [T]; they may be views of the tile, which is overwritten."""
+    if isinstance(part, Tile):
+        assert part.base_T is not None
+        return updates_(part.sources_KT, part.base_T, weight), part.base_T
+    size = part.stop - part.start
+    room_T = np.empty((len(weight) + 1) * size, np.float32)
+    return _updates_of(part.word_VS, part.kind, weight, 0, size, room_T)
+
+
+def _updates_of(
+    word_VS: Array, kind: int, weight: Sequence[float], start: int, size: int, room_T: Array
+) -> tuple[Tensor, Tensor]:
+    """The updates of `size` elements and their base, in room_T."""
+    from yeam.stored import differences
+
+    rows_VT = room_T[: (len(weight) + 1) * size].reshape(-1, size)
+    delta_KT, base_T = rows_VT[:-1], rows_VT[-1]
+    differences(word_VS, kind, start, delta_KT, base_T)
+    for k, factor in enumerate(weight):
+        if factor != 1.0:
+            delta_KT[k] *= np.float32(factor)
+    return tensor(delta_KT), tensor(base_T)
 
 
 class Along:
@@ -93,7 +134,7 @@ class Along:
         return float(self._sums[-1])
 
 
-def followed(part: Tile | StoredTile, point_T: Values, factor: float) -> Values:
+def followed(part: Tile | StoredTile, point_T: Values, factor: float) -> Result:
     """base + factor · point [T]; part: a tile of the base only, which may be overwritten."""
     if isinstance(part, Tile):
         assert part.base_T is not None
@@ -101,9 +142,7 @@ def followed(part: Tile | StoredTile, point_T: Values, factor: float) -> Values:
 
     from yeam.stored import shift
 
-    out_T = np.empty(len(point_T), np.float32)
-    shift(part.word_VS[0], part.kind, array(point_T), np.float32(factor), out_T)
-    return out_T
+    return Deferred(len(point_T), partial(shift, part.word_VS[0], part.kind, array(point_T), np.float32(factor)))
 
 
 def base_of(part: Tile | StoredTile, K: int) -> Tile | StoredTile:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from yeam.methods.attention_parts import WEIGHTS, Circuit, Parts
 from yeam.methods.attention_report import head_grams, report
-from yeam.methods.yeam import LEAST_SIDE, Frames
+from yeam.methods.yeam import LEAST_SIDE, Frames, sample_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +75,7 @@ def resolved(
         if not mine:
             continue
         steps, heads = [], []
+        samples: dict[str, list[Tensor]] = {part.name: [] for part in mine if part.name in WEIGHTS and frames != "none"}
         for groups in steps_of(parts):
             gauge, deltas, grams = updates(parts, groups, pair, weight)
             steps.append((groups, gauge, grams))
@@ -86,6 +87,9 @@ def resolved(
                     _rows(part, groups, circuit)[:] = point.reshape(-1, width)
                     part.moments.add(deltas[name].reshape(parts.K, -1), None, point.reshape(-1))
                     part.moments.squares_2[0] += float(grams[name].diagonal(dim1=-2, dim2=-1).sum())
+            for name, found in samples.items():
+                found.append(_sample(name, deltas[name], rows[names.index(name)]))
+        _meet(parts, [part for part in mine if part.name in samples], samples, pair, weight, seed)
         for part in mine:
             if not math.isfinite(part.moments.point_square):
                 raise NotFinite
@@ -99,6 +103,54 @@ def resolved(
             _lengthen(part, strength)
         report(parts, pair, mine, heads)
     return held_RN[: sum(circuit.places[name].rows for name in circuit.made)]
+
+
+def _sample(name: str, delta: Tensor, rows: int) -> Tensor:
+    """Some rows of every head [K, S, N], for a sample of the whole part's; of o, whose inputs are the heads, some columns [K, S, R]."""
+    delta_KRN = delta.flatten(1, -2)
+    K, _, N = delta_KRN.shape
+    if name == "o":
+        return delta_KRN.mT[:, :: math.ceil(N / sample_rows(K, N, rows))].clone()
+    return delta_KRN[:, :: math.ceil(rows / sample_rows(K, rows, N))].clone()
+
+
+def _meet(
+    parts: Parts,
+    mine: list[Update],
+    samples: Mapping[str, list[Tensor]],
+    pair: tuple[str, str],
+    weight: Sequence[float],
+    seed: int,
+) -> None:
+    """Move the parts' points to where their rows meet."""
+    import torch
+
+    from yeam.geometry.meeting import Meeting
+
+    meetings = {}
+    for part in mine:
+        sample_KSN = torch.cat(samples[part.name], dim=2 if part.name == "o" else 1)
+        if 0 < float(torch.linalg.vector_norm(sample_KSN)) < math.inf:
+            total = float(part.moments.gram_KK.diagonal().sum())
+            signal = 1 - part.moments.rounding(weight, parts.tensor(part.name).rounding) / total
+            meetings[part.name] = Meeting(sample_KSN, signal, seed)
+    used_KNr: Tensor | float = 0.0  # of o: what each row of it, a column here, makes of the axes, summed over groups
+    for groups in steps_of(parts) if meetings else ():
+        _, deltas, _ = updates(parts, groups, pair, weight)
+        for part in mine:
+            meeting = meetings.get(part.name)
+            if meeting is None:
+                continue
+            delta_KRN = deltas[part.name].flatten(1, -2)
+            if part.name == "o":
+                size = parts.circuit.count("o") * parts.circuit.head_dim
+                used_KNr = delta_KRN.mT @ meeting.axes_NR[groups.start * size : groups.stop * size] + used_KNr
+            else:
+                meeting.add_(delta_KRN.flatten(1), _rows(part, groups, parts.circuit).reshape(-1))
+    for part in mine:
+        if part.name == "o" and part.name in meetings:
+            meeting = meetings[part.name]
+            part.point_RN.addmm_(meeting.axes_NR, (used_KNr @ meeting.shares_KRR).sum(dim=0).T)
 
 
 def _spread(parts: Parts, part: Update, weight: Sequence[float], frames: Frames, rounds: int, seed: int) -> None:

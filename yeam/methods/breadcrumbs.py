@@ -17,7 +17,7 @@ from yeam.methods.selection import Cutter, largest
 from yeam.methods.statistics import Erase, Sparsifier
 
 if TYPE_CHECKING:
-    from yeam.compiled import Values
+    from yeam.compiled import Result, Values
 
 
 @merge_method("breadcrumbs", base="required", needs=Whole, tensors=False)
@@ -31,7 +31,7 @@ def breadcrumbs(
     rescale: bool = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-) -> Iterator[Values]:
+) -> Iterator[Result]:
     """Weighted sum of updates without their outliers and their smallest entries (Davari and Belilovsky 2023).
 
     gamma: share of each tensor's entries that is dropped as too large, less where density leaves no room. density: share that
@@ -57,7 +57,7 @@ def breadcrumbs_ties(
     rescale: bool = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-) -> Iterator[Values]:
+) -> Iterator[Result]:
     """Updates without their outliers and their smallest entries, merged by the majority's sign.
 
     Parameters as those of `breadcrumbs`; the signs are resolved as `ties` does it.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from yeam.checkpoint.dtypes import DTYPES
 from yeam.compiled import Values, array, is_compiled, tensor
 from yeam.methods.inputs import Inputs, is_stored
 from yeam.methods.random_bits import RandomBits, stream_key
-from yeam.methods.statistics import Erase
+from yeam.methods.statistics import Erase, Erasing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,8 +34,9 @@ def held_bytes(shape: Sequence[int], K: int, rescale: bool) -> int:
 class Choices:
     """Keeps an element where its random 31-bit word lies below the bound that `bound(delta_T, k)` gives for it.
 
-    density: of each source; at 1 or more everything is kept, at 0 or less nothing. `rescale` says that there will be two
-    passes: the first notes the choices where `held_bytes` allows it, and the second reads them.
+    bounds: the same of each source, where it is one for all elements. density: of each source; at 1 or more everything is kept, at 0
+    or less nothing. `rescale` says that there will be two passes: the first notes the choices where `held_bytes` allows it, and the
+    second reads them.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Choices:
         bound: Callable[[Values, int], int | Values],
         *,
         rescale: bool,
+        bounds: Sequence[int] | None = None,
     ) -> None:
         self._density = density
-        self._bound = bound
+        self._bound, self._bounds = bound, bounds
         self._keys = [stream_key(seed, inputs.name, k) for k in range(inputs.K)]
         self._bits = RandomBits(None if is_stored(inputs) else inputs.device)
         self._held: Values | None = None
@@ -60,6 +63,23 @@ class Choices:
         """The sparsifier of `merge_deltas`."""
         noted, self._noted = self._noted, True
         return partial(self._erase, noted=noted and self._held is not None)
+
+    def compiled(self) -> Erasing | None:
+        """The same for stored words; None where bounds are to be computed from the updates."""
+        from yeam.methods.update_kernels import ALL, CHANCE, NONE, NOTED
+
+        recalled = self._noted and self._held is not None
+        if not recalled and self._bounds is None:
+            return None
+        self._noted = True
+        chosen = NOTED if recalled else CHANCE
+        found = Erasing.of([NONE if share <= 0 else chosen if share < 1 else ALL for share in self._density])
+        found.key_K[:] = np.array(self._keys, np.uint64)
+        if self._bounds is not None:
+            found.bound_K[:] = self._bounds
+        if self._held is None:
+            return found
+        return replace(found, held_HT=array(self._held), noting=not recalled)
 
     def _erase(self, values_T: Values, k: int, start: int, *, noted: bool) -> None:
         if self._density[k] <= 0:

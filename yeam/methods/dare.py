@@ -13,10 +13,10 @@ from yeam.methods.inputs import Inputs
 from yeam.methods.mixing import merge_deltas
 from yeam.methods.random_bits import threshold
 from yeam.methods.registry import PerSource, Share, Whole, merge_method
-from yeam.methods.statistics import Sparsifier
+from yeam.methods.statistics import Compiled, Sparsifier
 
 if TYPE_CHECKING:
-    from yeam.compiled import Values
+    from yeam.compiled import Result
 
 
 def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
@@ -34,7 +34,7 @@ def dare_linear(
     lambda_: float = 1.0,
     int8_mask: bool = False,
     seed: int = 0,
-) -> Iterator[Values]:
+) -> Iterator[Result]:
     """Weighted sum of updates with entries dropped at random (Yu et al. 2024).
 
     density: probability that an entry is kept; 1 keeps all, 0 none. rescale: give what is kept the L1 norm of the whole update
@@ -43,7 +43,7 @@ def dare_linear(
     """
     yield from merge_deltas(
         inputs,
-        _dropout(inputs, density, seed, rescale),
+        *_dropout(inputs, density, seed, rescale),
         weight=weight, normalize=normalize, rescale=rescale, lambda_=lambda_, consensus=False,
     )  # fmt: skip
 
@@ -59,18 +59,19 @@ def dare_ties(
     lambda_: float = 1.0,
     int8_mask: bool = False,
     seed: int = 0,
-) -> Iterator[Values]:
+) -> Iterator[Result]:
     """Updates with entries dropped at random, merged by the majority's sign.
 
     Parameters as those of `dare_linear`; the signs are resolved as `ties` does it.
     """
     yield from merge_deltas(
         inputs,
-        _dropout(inputs, density, seed, rescale),
+        *_dropout(inputs, density, seed, rescale),
         weight=weight, normalize=normalize, rescale=rescale, lambda_=lambda_, consensus=True,
     )  # fmt: skip
 
 
-def _dropout(inputs: Inputs, density: Sequence[float], seed: int, rescale: bool) -> Sparsifier:
+def _dropout(inputs: Inputs, density: Sequence[float], seed: int, rescale: bool) -> tuple[Sparsifier, Compiled]:
     bounds = [threshold(share) for share in density]
-    return Choices(inputs, density, seed, lambda delta_T, k: bounds[k], rescale=rescale).begin
+    found = Choices(inputs, density, seed, lambda delta_T, k: bounds[k], rescale=rescale, bounds=bounds)
+    return found.begin, found.compiled

@@ -18,7 +18,7 @@ from yeam.methods.registry import PerSource, Share, Whole, merge_method
 from yeam.methods.row_ranks import RowRanks
 
 if TYPE_CHECKING:
-    from yeam.compiled import Values
+    from yeam.compiled import Result
 
 
 def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
@@ -48,7 +48,7 @@ def della(
     lambda_: float = 1.0,
     int8_mask: bool = False,
     seed: int = 0,
-) -> Iterator[Values]:
+) -> Iterator[Result]:
     """Updates with entries dropped by chance and rank in the row, merged by the majority's sign (Deep et al. 2024).
 
     An entry is kept with a probability that rises linearly from density − epsilon for the smallest magnitude of its row to
@@ -75,7 +75,7 @@ def della_linear(
     lambda_: float = 1.0,
     int8_mask: bool = False,
     seed: int = 0,
-) -> Iterator[Values]:
+) -> Iterator[Result]:
     """Weighted sum of updates with entries dropped by chance and rank in the row.
 
     Parameters as those of `della`; signs are not resolved.
@@ -93,7 +93,7 @@ def row_length(shape: Sequence[int]) -> int:
 
 def _della(
     inputs: Inputs, density: Sequence[float], epsilon: Sequence[float], seed: int, *, rescale: bool, **mixing: Any
-) -> Iterator[Values]:
+) -> Iterator[Result]:
     if math.prod(inputs.shape) == 0:
         return
     columns = row_length(inputs.shape)
@@ -103,6 +103,7 @@ def _della(
     yield from merge_deltas(
         inputs,
         choices.begin,
+        choices.compiled,
         rescale=rescale,
         unit=columns,
         **mixing,

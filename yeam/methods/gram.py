@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
+
+from yeam.compiled import Deferred
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from yeam.compiled import Array, Values
+    from yeam.compiled import Result
     from yeam.methods.inputs import Inputs, StoredTile, Tile
 
 BLOCK = 1 << 16
@@ -74,7 +77,7 @@ def _products(inputs: Inputs, count: int, vectors: Callable[[Tile], Sequence[Ten
     return Gram((lower + np.tril(lower, -1).T).tolist())
 
 
-def combined(inputs: Inputs, coefficients: Sequence[float]) -> Iterator[Values]:
+def combined(inputs: Inputs, coefficients: Sequence[float]) -> Iterator[Result]:
     """Σ_v c_v v in tiles [T], v being the sources and then the base where there is one."""
     stored = inputs.stored_tiles()
     if stored is None:
@@ -91,7 +94,7 @@ def combined(inputs: Inputs, coefficients: Sequence[float]) -> Iterator[Values]:
     yield from _summed(stored, combine, coefficients)
 
 
-def moved(inputs: Inputs, coefficients: Sequence[float]) -> Iterator[Values]:
+def moved(inputs: Inputs, coefficients: Sequence[float]) -> Iterator[Result]:
     """base + Σ_k c_k (x_k − base) in tiles [T]; Σ_k c_k x_k without a base."""
     if not inputs.has_base:
         yield from combined(inputs, coefficients)
@@ -110,17 +113,14 @@ def moved(inputs: Inputs, coefficients: Sequence[float]) -> Iterator[Values]:
     yield from _summed(stored, move, coefficients)
 
 
-def _summed(stored: Iterator[StoredTile], loop: Callable[..., None], coefficients: Sequence[float]) -> Iterator[Array]:
+def _summed(
+    stored: Iterator[StoredTile], loop: Callable[..., float], coefficients: Sequence[float]
+) -> Iterator[Result]:
     import numpy as np
 
     factors = np.array(coefficients, np.float32)
-    out_T = np.empty(0, np.float32)
     for part in stored:
-        if len(out_T) < part.stop - part.start:
-            out_T = np.empty(part.stop - part.start, np.float32)
-        result_T = out_T[: part.stop - part.start]
-        loop(part.word_VS, part.kind, factors, result_T)
-        yield result_T
+        yield Deferred(part.stop - part.start, partial(loop, part.word_VS, part.kind, factors))
 
 
 def _base(tile: Tile) -> list[Tensor]:

@@ -112,8 +112,8 @@ def is_stored(inputs: Inputs) -> bool:
 
 
 def parts(
-    inputs: Inputs, start: int = 0, stop: int | None = None, *, base_only: bool = False
+    inputs: Inputs, start: int = 0, stop: int | None = None, *, base_only: bool = False, unit: int = 1
 ) -> Iterator[Tile] | Iterator[StoredTile]:
     """The tiles of elements [start, stop), as they are stored where that can be."""
-    stored = inputs.stored_tiles(start, stop, base_only=base_only)
-    return inputs.tiles(start, stop, base_only=base_only) if stored is None else stored
+    stored = inputs.stored_tiles(start, stop, base_only=base_only, unit=unit)
+    return inputs.tiles(start, stop, base_only=base_only, unit=unit) if stored is None else stored

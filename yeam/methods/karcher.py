@@ -20,7 +20,7 @@ from yeam.methods.vectors import at_least_float32, vector_norm
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from yeam.compiled import Values
+    from yeam.compiled import Result
 
 # under `math: exact` the mean of a tensor up to this size is kept and not computed again from its steps
 HELD_BYTES = 64 << 20
@@ -33,7 +33,7 @@ def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
 @merge_method("karcher", base="unused", needs=Whole, tensors=False, resident=_resident)
 def karcher(
     inputs: Inputs, *, max_iter: Annotated[int, Ge(0)] = 10, tol: Annotated[float, Ge(0)] = 1e-5
-) -> Iterator[Values]:
+) -> Iterator[Result]:
     """Mean direction on the sphere of the models, all of one weight, times their mean norm (Karcher 1977).
 
     Each tensor is one vector. max_iter: steps of the iteration. tol: it ends when a step is shorter, and tensors with a
@@ -113,7 +113,7 @@ class _Rounded:
         self._held_T = inputs.hold(size) if inputs.dtype.itemsize * size <= HELD_BYTES else None
         self._held = 0  # how many steps the kept mean has taken
 
-    def run(self, max_iter: int) -> Iterator[Values]:
+    def run(self, max_iter: int) -> Iterator[Result]:
         """The mean, scaled, in tiles."""
         if not self._used:
             for tile in self._inputs.tiles():

@@ -14,7 +14,7 @@ from yeam.methods.inputs import Inputs
 from yeam.methods.registry import PerSource, Whole, merge_method
 
 if TYPE_CHECKING:
-    from yeam.compiled import Values
+    from yeam.compiled import Result
 
 
 def _check(shape: tuple[int, ...], values: Mapping[str, Any]) -> None:
@@ -23,7 +23,7 @@ def _check(shape: tuple[int, ...], values: Mapping[str, Any]) -> None:
 
 
 @merge_method("linear", base="unused", needs=Whole, tensors=False, elementwise=True, check=_check)
-def linear(inputs: Inputs, *, weight: PerSource[float], normalize: bool = True) -> Iterator[Values]:
+def linear(inputs: Inputs, *, weight: PerSource[float], normalize: bool = True) -> Iterator[Result]:
     """Weighted average of the models (model soup, Wortsman et al. 2022).
 
     Yields Σ_k weight_k · x_k [T], divided by Σ_k weight_k when `normalize`. Under `math: exact`

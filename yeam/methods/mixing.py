@@ -7,21 +7,23 @@ Legend: K sources, T elements of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from yeam.checkpoint.dtypes import DTYPES
-from yeam.compiled import array, is_compiled, tensor
-from yeam.methods.inputs import Inputs
-from yeam.methods.statistics import Sparsifier, rescale_factors, rounded
+from yeam.compiled import Deferred, array, is_compiled, tensor
+from yeam.methods.inputs import Inputs, StoredTile
+from yeam.methods.statistics import Compiled, Erasing, Sparsifier, rescale_factors, rounded
 from yeam.methods.updates import updates
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from yeam.compiled import Values
+    from yeam.compiled import Array, Result, Values
 
 LEAST_DIVISOR = 1e-8
 
@@ -73,13 +75,13 @@ class Mix:
         base_T.add_(mixed_T)
 
     def _compiled_onto(self, base: Values, delta: Values, factors: Sequence[float]) -> None:
-        import numpy as np
-
         from yeam.methods import kernels
 
-        kernels.mix(
-            array(base),
-            np.ascontiguousarray(array(delta)),
+        kernels.mix(array(base), np.ascontiguousarray(array(delta)), *self.arguments(factors))
+
+    def arguments(self, factors: Sequence[float]) -> tuple[Any, ...]:
+        """As `kernels.mix` takes them."""
+        return (
             np.array(factors, np.float32),
             np.array(self._weights, np.float32),
             np.float32(self._divisor),
@@ -149,6 +151,7 @@ def _sum_dtype(x_KT: Tensor) -> torch.dtype:
 def merge_deltas(
     inputs: Inputs,
     sparsifier: Sparsifier,
+    compiled: Compiled | None = None,
     *,
     weight: Sequence[float],
     normalize: bool,
@@ -156,16 +159,21 @@ def merge_deltas(
     lambda_: float,
     consensus: bool,
     unit: int = 1,
-) -> Iterator[Values]:
+) -> Iterator[Result]:
     """Updates from the base, made sparse, rescaled to the L1 norm that they had (`rescale`, in a pass of its own), and mixed.
 
-    unit: the sparsifier is to be given multiples of as many elements.
+    compiled: the sparsifier for stored words. unit: the sparsifier is to be given multiples of as many elements.
     """
     mix = Mix(inputs.work, weight=weight, normalize=normalize, lambda_=lambda_, consensus=consensus)
     factors = [1.0] * inputs.K
     if rescale:
-        factors = rescale_factors(inputs, sparsifier, unit=unit)
+        factors = rescale_factors(inputs, sparsifier, compiled, unit=unit)
         inputs.record(rescale=factors)
+    stored = inputs.stored_tiles(unit=unit)
+    if stored is not None and compiled is not None and (erasing := compiled()) is not None:
+        for tile in stored:
+            yield Deferred(tile.stop - tile.start, _merging(tile, erasing, mix.arguments(factors)))
+        return
     erase = sparsifier()
     for run in updates(inputs, unit=unit):
         for k in range(inputs.K):
@@ -173,3 +181,16 @@ def merge_deltas(
         mix.onto(run.base_T, run.delta_KT, factors)
         if run.tile_T is not None:
             yield run.tile_T
+
+
+def _merging(tile: StoredTile, erasing: Erasing, mixing: tuple[Any, ...]) -> Callable[[Array, int], float]:
+    """The loop of a `Deferred` that makes this tile's elements; the pass goes on from where the last call leaves it."""
+    before = erasing.again()
+
+    def loop(out_S: Array, to: int) -> float:
+        from yeam.methods.update_kernels import merge
+
+        erasing.left_K[:] = before.left_K
+        return float(merge(tile.word_VS, tile.kind, tile.start, *erasing.arguments, *mixing, out_S, to))
+
+    return loop

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from yeam.compiled import Values
+    from yeam.compiled import Result
 
 LEAST_LENGTHS = 1e-6  # the product of two norms is not taken to be smaller
 SINGULAR = 1e-6
@@ -34,7 +34,7 @@ def _vectors(shape: tuple[int, ...], filter_wise: bool) -> Vectors:
 
 
 @merge_method("model_stock", base="required", sources=(2, None), needs=Whole, tensors=False, resident=_resident)
-def model_stock(inputs: Inputs, *, filter_wise: bool = False) -> Iterator[Values]:
+def model_stock(inputs: Inputs, *, filter_wise: bool = False) -> Iterator[Result]:
     """t · mean of the models + (1 − t) · base with t = K cos θ / (1 + (K − 1) cos θ) (Jang et al. 2024).
 
     cos θ is the mean over pairs of the cosines of the models' differences from the base, of the whole tensor or, with

@@ -21,7 +21,7 @@ from yeam.methods.vectors import at_least_float32, vector_norm
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from yeam.compiled import Values
+    from yeam.compiled import Result
 
 
 def _check(shape: tuple[int, ...], values: Mapping[str, Any]) -> None:
@@ -32,7 +32,7 @@ def _check(shape: tuple[int, ...], values: Mapping[str, Any]) -> None:
 @merge_method("multislerp", base="optional", needs=Whole, tensors=False, check=_check)
 def multislerp(
     inputs: Inputs, *, weight: PerSource[float], normalize_weights: bool = True, eps: Annotated[float, Ge(0)] = 1e-8
-) -> Iterator[Values]:
+) -> Iterator[Result]:
     """Weighted mean direction of the models, or of their differences from a base, times the mean of their norms.
 
     Each tensor is one vector. The published step in the tangent space at the mean direction μ (Goddard, Multi-SLERP)
@@ -81,7 +81,7 @@ def _straight(inputs: Inputs, share: list[float]) -> list[float]:
     return share
 
 
-def _rounded(inputs: Inputs, weight: list[float], normalize: bool, eps: float) -> Iterator[Values]:
+def _rounded(inputs: Inputs, weight: list[float], normalize: bool, eps: float) -> Iterator[Result]:
     """Every operation in the working dtype, as mergekit's: what rounding leaves of the tangent step is part of its result.
 
     A pass for the norms, one each for the length of μ, the cosines and the length of the tangent step, and one for the

@@ -18,7 +18,7 @@ from yeam.methods.vectors import Vectors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from yeam.compiled import Values
+    from yeam.compiled import Result
 
 LEAST_NORM = 1e-7
 LEAST_SINE = 1e-8
@@ -41,7 +41,7 @@ def _vectors(shape: tuple[int, ...], *, flatten: bool, row_wise: bool) -> Vector
 @merge_method("nuslerp", base="optional", sources=2, needs=Whole, tensors=False, resident=_resident)
 def nuslerp(
     inputs: Inputs, *, weight: PerSource[float], nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
-) -> Iterator[Values]:
+) -> Iterator[Result]:
     """Spherical interpolation of two models at t = w₂/(w₁ + w₂), or of their differences from a base (Shoemake 1985).
 
     nuslerp_flatten: each tensor is one vector. Otherwise vectors run along the last axis, the rows of a matrix, each
@@ -61,7 +61,7 @@ def nuslerp(
         yield from _by_vector(inputs, vectors, t)
 
 
-def _by_vector(inputs: Inputs, vectors: Vectors, t: float) -> Iterator[Values]:
+def _by_vector(inputs: Inputs, vectors: Vectors, t: float) -> Iterator[Result]:
     """A pass for the products of each vector, summed in float64, and one for the result."""
     import torch
 
@@ -85,7 +85,7 @@ def _by_vector(inputs: Inputs, vectors: Vectors, t: float) -> Iterator[Values]:
         yield _moved(tile, delta_KT[0].add_(delta_KT[1]))
 
 
-def _rounded(inputs: Inputs, vectors: Vectors, t: float) -> Iterator[Values]:
+def _rounded(inputs: Inputs, vectors: Vectors, t: float) -> Iterator[Result]:
     """Every operation in the working dtype, as mergekit's: passes for the norms, the cosines and the result."""
     import torch
 

@@ -1,8 +1,8 @@
 """Ranks of magnitudes within rows, compiled for float32 on the CPU.
 
-A row is sorted as 32-bit words that numpy sorts with vector instructions: as much of the magnitude as there is room for, then the column.
-What was cut off matters only among neighbours whose words begin alike; these are put in order afterwards, and a row where
-too many of them are not is sorted by all bits.
+Most rows of differences of bfloat16 are ranked by counting (`count_ranks`). Any other is sorted as 32-bit words that numpy sorts with
+vector instructions: as much of the magnitude as there is room for, then the column. What was cut off matters only among neighbours
+whose words begin alike; these are put in order afterwards, and a row where too many of them are not is sorted by all bits.
 
 Legend: R rows, N columns.
 """
@@ -13,10 +13,13 @@ import numpy as np
 
 from yeam.compiled import loops
 
+MOST_CLASSES = 2  # a column, before counting takes longer than sorting
+ALL_CLASSES = (1 << 15) + 1
+ODD_SHARE, MOST_ODD = 32, 256  # of so many columns one is inserted and not counted; and how many of a row
 MOST_MOVES = 4  # a column, on average, before a row is sorted by all bits
 
 _ZERO, _ONE, _ALL = np.uint32(0), np.uint32(1), np.uint32(0xFFFFFFFF)
-_WORD = np.uint32(0x7FFFFFFF)
+_WORD, _LOWER = np.uint32(0x7FFFFFFF), np.uint32(0xFFFF)
 
 _compiled = loops()
 
@@ -121,3 +124,65 @@ def spread_ranks(bits_RN, word_RN, width, is_cut_R, by_rank_N, out_RN):  # type:
             _sort_all_bits(bits_RN[r], word_N, memory)
         for rank in range(columns):
             out_N[word_N[rank] & mask] = by_rank_N[rank]
+
+
+@_compiled
+def _classes(bits_N, least, class_N):  # type: ignore[no-untyped-def]
+    """The upper half of every key as a number from 1 on, 0 for the key 0; how many have something in the lower half."""
+    odd = _ZERO
+    for i in range(len(bits_N)):
+        key = np.uint32(bits_N[i] & _WORD)
+        found = np.uint32(np.uint32(np.uint32(key >> np.uint32(16)) - least) + _ONE)
+        class_N[i] = _ZERO if key == _ZERO else found
+        odd = np.uint32(odd + np.uint32(np.uint32(key & _LOWER) != _ZERO))
+    return np.int64(odd)
+
+
+@_compiled
+def _insert(bits_N, column_M, count):  # type: ignore[no-untyped-def]
+    """Put columns in the order of their keys, equal ones in their own."""
+    for j in range(1, count):
+        column, i = column_M[j], j - 1
+        key = bits_N[column] & _WORD
+        while i >= 0 and (bits_N[column_M[i]] & _WORD) > key:
+            column_M[i + 1] = column_M[i]
+            i -= 1
+        column_M[i + 1] = column
+
+
+@_compiled
+def count_ranks(bits_RN, by_rank_N, out_RN):  # type: ignore[no-untyped-def]
+    """What `spread_ranks` gives, of rows where few keys have anything in the lower half, as differences of bfloat16 do: by counting the
+    upper halves, where those that have follow those that have not. Returns the first row of another kind, or how many there are."""
+    rows, columns = bits_RN.shape
+    class_N, odd_M = np.empty(columns, np.uint32), np.empty(min(columns // ODD_SHARE, MOST_ODD), np.uint32)
+    place = np.empty(min(MOST_CLASSES * columns, ALL_CLASSES), np.uint32)
+    for r in range(rows):
+        bits_N, out_N = bits_RN[r], out_RN[r]
+        largest, least, _ = _extent(bits_N)
+        least = np.uint32(least >> np.uint32(16))
+        classes = np.int64(largest >> np.uint32(16)) - np.int64(least) + 2
+        if classes > len(place) or _classes(bits_N, least, class_N) > len(odd_M):
+            return r
+        place[:classes] = _ZERO
+        for i in range(columns):
+            place[class_N[i]] += _ONE
+        below = _ZERO
+        for found in range(classes):
+            place[found], below = below, np.uint32(below + place[found])
+        odd = 0
+        for i in range(columns):
+            if bits_N[i] & _LOWER:
+                odd_M[odd] = np.uint32(i)
+                odd += 1
+            else:
+                rank = place[class_N[i]]
+                place[class_N[i]] = np.uint32(rank + _ONE)
+                out_N[i] = by_rank_N[rank]
+        _insert(bits_N, odd_M, odd)
+        for j in range(odd):
+            column = odd_M[j]
+            rank = place[class_N[column]]
+            place[class_N[column]] = np.uint32(rank + _ONE)
+            out_N[column] = by_rank_N[rank]
+    return rows

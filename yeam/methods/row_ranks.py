@@ -21,8 +21,9 @@ BLOCK = 1 << 16  # elements sorted at a time on the CPU: their keys and indices 
 class RowRanks:
     """Ranks in rows of N columns, exact, elements of equal magnitude in their order; memory is kept from one call to the next.
 
-    On the CPU a row's magnitudes are packed with their column numbers into integers, whose sort is vectorised and needs no
-    order among equals (float32: `yeam.methods.rank_kernels`); float64, which leaves no room for that, and CUDA sort stably instead.
+    On the CPU a row's magnitudes are counted, where that will do, or packed with their column numbers into integers, whose sort is
+    vectorised and needs no order among equals (float32: `yeam.methods.rank_kernels`); float64, which leaves no room for that, and CUDA
+    sort stably instead.
     """
 
     def __init__(self, columns: int) -> None:
@@ -55,7 +56,7 @@ class RowRanks:
         return self._out[: len(delta_T)]
 
     def _compiled_spread(self, delta_RN: Array, by_rank_N: Array) -> Array:
-        from yeam.methods.rank_kernels import pack_rows, spread_ranks
+        from yeam.methods.rank_kernels import count_ranks, pack_rows, spread_ranks
 
         if not isinstance(self._out, np.ndarray) or len(self._out) < delta_RN.size:
             self._out = np.empty(delta_RN.size, np.int32)
@@ -64,7 +65,8 @@ class RowRanks:
         bits_RN, out_RN = delta_RN.view(np.uint32), found_T.reshape(delta_RN.shape)
         step = max(1, BLOCK // self._columns)
         width = (self._columns - 1).bit_length()
-        for row in range(0, len(delta_RN), step):
+        row = int(count_ranks(bits_RN, by_rank_N, out_RN))
+        while row < len(bits_RN):
             band = slice(row, row + step)
             rows = len(bits_RN[band])
             word_RN = self._words[: rows * self._columns].reshape(rows, self._columns)
@@ -72,6 +74,8 @@ class RowRanks:
             pack_rows(bits_RN[band], width, word_RN, is_cut_R)
             word_RN.sort(axis=1)
             spread_ranks(bits_RN[band], word_RN, width, is_cut_R, by_rank_N, out_RN[band])
+            row += rows
+            row += int(count_ranks(bits_RN[row:], by_rank_N, out_RN[row:]))
         return found_T
 
     def _order(self, delta_RN: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ import numpy as np
 
 from yeam.checkpoint.dtypes import DTYPES
 from yeam.compiled import Array, Values, array, is_compiled, tensor
-from yeam.methods.inputs import Inputs
-from yeam.methods.statistics import integers
+from yeam.methods.inputs import Inputs, StoredTile
+from yeam.methods.statistics import Erasing, integers
 from yeam.methods.updates import updates
 
 if TYPE_CHECKING:
@@ -97,6 +97,16 @@ class Cutter:
         return (bits_T == self._bits[0]) | (bits_T == self._bits[1])
 
 
+def erasing(cuts: Sequence[Cut]) -> Erasing:
+    """What a `Cutter` for each source does, for the loops over stored words."""
+    from yeam.methods.update_kernels import ALL, CUT, NONE
+
+    found = Erasing.of([ALL if cut.count >= cut.size else CUT if cut.count > 0 else NONE for cut in cuts])
+    found.value_K[:] = [cut.value for cut in cuts]
+    found.left_K[:] = [cut.ties for cut in cuts]
+    return found
+
+
 def _shrink_(delta_T: Tensor, value: float) -> None:
     """Zero where |delta_T| ≤ value, in one operation."""
     import torch
@@ -129,6 +139,7 @@ class _Search:
         self.count = count
         self.keys = keys
         self.low, self.span = 0, keys
+        self.guess = 0  # a key that may be frequent
         self.ties = self.equal = 0
 
     def narrow(self, range_: _Range) -> None:
@@ -159,11 +170,12 @@ class _Range:
     """How many keys lie above [low, low + span), and how often each part of it occurs."""
 
     def __init__(self, search: _Search) -> None:
-        self._low, self._span = search.low, search.span
+        self.low, self.span = search.low, search.span
+        self.guess = min(max(search.guess, self.low), self.low + self.span - 1)
         self._all = search.span == search.keys
-        self._shift = max(0, (self._span - 1).bit_length() - (ALL_BITS if self._all else PART_BITS))
-        self._bins = (self._span - 1 >> self._shift) + 1
-        self._counts = np.zeros(self._bins, np.int64)  # by the compiled loops
+        self.shift = max(0, (self.span - 1).bit_length() - (ALL_BITS if self._all else PART_BITS))
+        self.bins = (self.span - 1 >> self.shift) + 1
+        self._counts = np.zeros(self.bins, np.int64)  # by the compiled loops
         self._device_counts: Tensor | None = None  # by torch
         self._above = 0
         self._pending: list[Tensor] = []
@@ -174,18 +186,23 @@ class _Range:
             return
         key_T = integers(tensor(values_T).abs())
         if self._all:
-            self._count(key_T >> self._shift if self._shift else key_T)
+            self._count(key_T >> self.shift if self.shift else key_T)
         else:
             self._pending.append(self._inside(key_T))
             if sum(map(len, self._pending)) >= PENDING:
                 self._flush()
+
+    def add_counted(self, above: int, counts: Array) -> None:
+        """What the loops over stored words have counted."""
+        self._above += above
+        self._counts += counts[: self.bins]
 
     def result(self) -> tuple[int, Array, int]:
         """How many lie above; int64 counts of the parts; and by how many bits a part's keys differ."""
         if self._pending:
             self._flush()
         counts = self._counts if self._device_counts is None else self._counts + self._device_counts.cpu().numpy()
-        return self._above, counts, self._shift
+        return self._above, counts, self.shift
 
     def _flush(self) -> None:
         import torch
@@ -196,31 +213,54 @@ class _Range:
     def _count(self, part_T: Tensor) -> None:
         import torch
 
-        counts = torch.bincount(part_T, minlength=self._bins)
+        counts = torch.bincount(part_T, minlength=self.bins)
         self._device_counts = counts if self._device_counts is None else self._device_counts + counts
 
     def _inside(self, key_T: Tensor) -> Tensor:
         """The parts of the keys that lie in the range."""
-        offset_T = key_T - self._low  # low + span may be one more than an int64 holds
-        self._above += int((offset_T >= self._span).sum())
-        return offset_T[(offset_T >= 0) & (offset_T < self._span)] >> self._shift
+        offset_T = key_T - self.low  # low + span may be one more than an int64 holds
+        self._above += int((offset_T >= self.span).sum())
+        return offset_T[(offset_T >= 0) & (offset_T < self.span)] >> self.shift
 
     def _compiled_count(self, delta_T: Array) -> int:
         """The same, counted at once; returns how many lie above."""
         from yeam.methods import kernels
 
-        return int(kernels.count_keys(delta_T.view(np.uint32), self._low, self._span, self._shift, self._counts))
+        return int(
+            kernels.count_keys(delta_T.view(np.uint32), self.low, self.span, self.shift, self.guess, self._counts)
+        )
 
 
 def _pass(inputs: Inputs, searches: Sequence[Sequence[_Search]]) -> None:
     """Count in the ranges of all searches, and narrow them."""
     ranges = {(k, s.low, s.span): _Range(s) for k, row in enumerate(searches) for s in row}
-    for run in updates(inputs):
-        for (k, _, _), range_ in ranges.items():
-            range_.add(run.delta_KT[k])
+    stored = inputs.stored_tiles()
+    if stored is not None:
+        _count(stored, [(k, range_) for (k, _, _), range_ in ranges.items()])
+    else:
+        for run in updates(inputs):
+            for (k, _, _), range_ in ranges.items():
+                range_.add(run.delta_KT[k])
     for k, row in enumerate(searches):
         for search in row:
             search.narrow(ranges[k, search.low, search.span])
+
+
+def _count(tiles: Iterator[StoredTile], ranges: Sequence[tuple[int, _Range]]) -> None:
+    """`_Range.add` of all elements' differences, for each range those of its source."""
+    from yeam.methods.update_kernels import count
+
+    found = [range_ for _, range_ in ranges]
+    facts = [(k, each.low, each.span, each.shift, each.guess) for k, each in ranges]
+    columns = np.array(facts, np.int64).T.copy()
+    above_Q, count_QN = (
+        np.zeros(len(found), np.int64),
+        np.zeros((len(found), max(each.bins for each in found)), np.int64),
+    )
+    for tile in tiles:
+        count(tile.word_VS, tile.kind, tile.stop - tile.start, *columns, above_Q, count_QN)
+    for range_, above, counts in zip(found, above_Q.tolist(), count_QN):
+        range_.add_counted(above, counts)
 
 
 def _sample(inputs: Inputs, searches: Sequence[Sequence[_Search]]) -> None:
@@ -247,6 +287,7 @@ def _sample(inputs: Inputs, searches: Sequence[Sequence[_Search]]) -> None:
             first, last = int(place - spread), int(place + spread)
             high = int(key_S[first]) + 1 if first >= 0 else search.keys
             search.low = int(key_S[last]) if last < len(key_S) else 0
+            search.guess = int(middle)
             search.span = high - search.low
 
 

@@ -18,7 +18,7 @@ from yeam.methods.registry import Whole, merge_method
 if TYPE_CHECKING:
     import numpy as np
 
-    from yeam.compiled import Values
+    from yeam.compiled import Result
     from yeam.methods.inputs import Inputs
 
 NEARLY_COLINEAR = 0.9995
@@ -64,7 +64,7 @@ def _rounded_arc(cosine: np.float32, t: float) -> tuple[float, float]:
 
 
 @merge_method("slerp", base="required", sources=1, needs=Whole, tensors=False)
-def slerp(inputs: Inputs, *, t: Annotated[float, Ge(0), Le(1)]) -> Iterator[Values]:
+def slerp(inputs: Inputs, *, t: Annotated[float, Ge(0), Le(1)]) -> Iterator[Result]:
     """Spherical interpolation from the base (t = 0) to the other model (t = 1), each tensor a vector (Shoemake 1985).
 
     Yields sin((1−t)θ)/sin θ · base + sin(tθ)/sin θ · x [T]; where |cos θ| > 0.9995 the straight line. Computed in float32

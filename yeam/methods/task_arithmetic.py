@@ -15,7 +15,7 @@ from yeam.methods.registry import PerSource, Whole, merge_method
 from yeam.methods.updates import updates
 
 if TYPE_CHECKING:
-    from yeam.compiled import Values
+    from yeam.compiled import Result
 
 
 @merge_method("task_arithmetic", base="required", needs=Whole, tensors=False, elementwise=True)
@@ -28,7 +28,7 @@ def task_arithmetic(
     rescale: bool = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-) -> Iterator[Values]:
+) -> Iterator[Result]:
     """Weighted sum of the models' updates from the base (Ilharco et al. 2023).
 
     Yields base + λ · Σ_k weight_k · (x_k − base) [T], the sum divided by

@@ -15,11 +15,11 @@ from yeam.errors import ConfigError
 from yeam.methods.inputs import Inputs
 from yeam.methods.mixing import merge_deltas
 from yeam.methods.registry import PerSource, Whole, merge_method
-from yeam.methods.selection import Cutter, largest
+from yeam.methods.selection import Cutter, erasing, largest
 from yeam.methods.statistics import Erase
 
 if TYPE_CHECKING:
-    from yeam.compiled import Values
+    from yeam.compiled import Result
 
 
 def _check(shape: tuple[int, ...], values: Mapping[str, Any]) -> None:
@@ -42,7 +42,7 @@ def ties(
     rescale: bool = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-) -> Iterator[Values]:
+) -> Iterator[Result]:
     """Largest entries of each update, merged by the majority's sign (Yadav et al. 2023).
 
     density: share of each tensor's entries that is kept, exactly int(density · size) of them; of entries of equal magnitude
@@ -57,5 +57,12 @@ def ties(
         return lambda delta_T, k, start: cutters[k](delta_T)
 
     yield from merge_deltas(
-        inputs, begin, weight=weight, normalize=normalize, rescale=rescale, lambda_=lambda_, consensus=True
+        inputs,
+        begin,
+        lambda: erasing([cut for (cut,) in cuts]),
+        weight=weight,
+        normalize=normalize,
+        rescale=rescale,
+        lambda_=lambda_,
+        consensus=True,
     )

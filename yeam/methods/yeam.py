@@ -18,10 +18,13 @@ from yeam.methods.inputs import Inputs, StoredTile, Tile, is_stored, parts
 from yeam.methods.registry import PerSource, Whole, merge_method
 
 if TYPE_CHECKING:
-    from yeam.compiled import Values
+    from yeam.compiled import Result, Values
+    from yeam.geometry.meeting import Meeting
 
 PANEL_ROWS = 16_384
 LEAST_SIDE = 8
+SAMPLE, LEAST_ROWS = 1 << 21, 64  # elements of all sources that tell what these make of their inputs, rows at least
+SAMPLE_RUNS = 16  # of consecutive rows
 HELD_BYTES = 128 << 20  # without frames, points of a tensor up to this size are kept and not computed again
 
 ROUNDS: dict[int | str, int] = {4: 4, 16: 2, 64: 2}  # of regrouping; wider frames need one
@@ -47,6 +50,11 @@ def panels(shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
     ]
 
 
+def sample_rows(K: int, rows: int, columns: int) -> int:
+    """How many rows of a matrix are looked at for what the sources make of their inputs."""
+    return min(rows, max(LEAST_ROWS, SAMPLE // (K * columns)))
+
+
 def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
     frames: Frames = values["frames"]
     if K == 1:
@@ -56,8 +64,11 @@ def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
         return nbytes if nbytes <= HELD_BYTES else 0
     _, rows, columns = max(panels(shape), key=lambda panel: panel[1])
     if frames == "spectral":
-        return 4 * (rows * columns + 4 * min(rows, columns) ** 2)
-    return 4 * (rows * columns + 4 * max(rows, columns) * frames)
+        working = 4 * min(rows, columns) ** 2
+    else:
+        working = 4 * min(rows, columns) * frames
+        working += 3 * columns * frames if rows < columns else 0  # a frame of rows is gathered whole
+    return 4 * (rows * columns + max(working, K * sample_rows(K, rows, columns) * columns))
 
 
 @merge_method("yeam", base="optional", needs=Whole, resident=_resident, exact=False)
@@ -70,7 +81,7 @@ def yeam(
     rounds: Annotated[int, Ge(1)] | None = None,
     lambda_: float = 1.0,
     seed: int = 0,
-) -> Iterator[Values]:
+) -> Iterator[Result]:
     """Rays in R⁴ resolved into one update, spread evenly over frames of axes, followed as far as the sources allow.
 
     weight: of each source's update. softness: μ of the rays' intersection, which tends to the sum of the updates where it is large.
@@ -88,7 +99,7 @@ def yeam(
         yield from _matrix(inputs, start, rows, columns, weight, softness, frames, rounds, lambda_, seed)
 
 
-def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength: float) -> Iterator[Values]:
+def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength: float) -> Iterator[Result]:
     """Rays and length without frames: the point is a function of the tile, so a pass for the sums and one for the output do."""
     from yeam.geometry.length import Moments, agreement, point_bound, progress_along, step_length
     from yeam.geometry.passes import base_of, followed, resolve
@@ -134,7 +145,7 @@ def _held(inputs: Inputs, *shape: int) -> Values:
     return inputs.hold_array(*shape) if is_stored(inputs) else inputs.hold(*shape)
 
 
-def _follow(inputs: Inputs, factor: float) -> Iterator[Values]:
+def _follow(inputs: Inputs, factor: float) -> Iterator[Result]:
     """A single source is followed exactly: lerp returns the source itself, to the bit, at 1."""
     import torch
 
@@ -154,8 +165,8 @@ def _matrix(
     rounds: int,
     strength: float,
     seed: int,
-) -> Iterator[Values]:
-    """One panel: rays tile by tile into memory, frames there, then the length and the output in two more passes over tiles."""
+) -> Iterator[Result]:
+    """One panel: rays, moved to where rows meet, tile by tile into memory, frames there, then length and output in two more passes."""
     from yeam.geometry.length import Moments, agreement, progress_along, step_length
     from yeam.geometry.passes import Along, followed, resolve
 
@@ -163,8 +174,9 @@ def _matrix(
     held_MN = _held(inputs, rows, columns)
     flat_T = held_MN.reshape(-1)
     moments = Moments.of(inputs.K)
-    for part in parts(inputs, start, stop):
-        resolve(part, weight, softness, moments, flat_T[part.start - start : part.stop - start])
+    meeting = _meeting(inputs, start, rows, columns, weight, seed)
+    for part in parts(inputs, start, stop, unit=meeting.band if meeting else 1):
+        resolve(part, weight, softness, moments, flat_T[part.start - start : part.stop - start], meeting)
     if not math.isfinite(moments.point_square):
         yield from _mean(inputs, start, stop, weight, strength)
         return
@@ -200,7 +212,39 @@ def _matrix(
         yield followed(part, flat_T[part.start - start : part.stop - start], strength * scale * unit)
 
 
-def _mean(inputs: Inputs, start: int, stop: int, weight: PerSource[float], strength: float) -> Iterator[Values]:
+def _meeting(
+    inputs: Inputs, start: int, rows: int, columns: int, weight: PerSource[float], seed: int
+) -> Meeting | None:
+    """What the sources make of their inputs, from runs of rows all over the matrix; None where they do not move in these."""
+    inputs.tensors()
+    import torch
+
+    from yeam.geometry.length import Moments
+    from yeam.geometry.meeting import Meeting
+    from yeam.geometry.passes import updates_of
+
+    count = sample_rows(inputs.K, rows, columns)
+    runs = SAMPLE_RUNS if count < rows else 1
+    edges = [count * i // runs for i in range(runs + 1)]
+    sample_KSN = torch.empty((inputs.K, count, columns), dtype=inputs.dtype, device=inputs.device)
+    flat_KT = sample_KSN.view(inputs.K, -1)
+    moments = Moments.of(inputs.K)
+    for number, (first, last) in enumerate(pairwise(edges)):
+        top = (rows - (last - first)) * number // max(1, runs - 1)
+        begin = start + top * columns
+        for part in parts(inputs, begin, begin + (last - first) * columns):
+            delta_KT, base_T = updates_of(part, weight)
+            at = part.start - begin + first * columns
+            flat_KT[:, at : at + part.stop - part.start] = delta_KT
+            moments.squares_2[0] += float(base_T.dot(base_T))
+    np.fill_diagonal(moments.gram_KK, torch.linalg.vector_norm(flat_KT, dim=1).double().square().cpu().numpy())
+    total = float(moments.gram_KK.sum())
+    if not 0 < total < math.inf:
+        return None
+    return Meeting(sample_KSN, 1 - moments.rounding(weight, inputs.rounding) / total, seed)
+
+
+def _mean(inputs: Inputs, start: int, stop: int, weight: PerSource[float], strength: float) -> Iterator[Result]:
     """NaN or Inf in a source (`allow_nan`) leave no lengths to go by: elements move by the mean update, each on its own."""
     from yeam.geometry.passes import updates_
 
@@ -209,7 +253,7 @@ def _mean(inputs: Inputs, start: int, stop: int, weight: PerSource[float], stren
         yield mean_T if tile.base_T is None else mean_T.add_(tile.base_T)
 
 
-def _base(inputs: Inputs, start: int, stop: int) -> Iterator[Values]:
+def _base(inputs: Inputs, start: int, stop: int) -> Iterator[Result]:
     for tile in inputs.tiles(start, stop, base_only=True):
         assert tile.base_T is not None
         yield tile.base_T

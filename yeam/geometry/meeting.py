@@ -1,0 +1,89 @@
+"""Where whole rows meet: the planes of the rays once more, in the axes of the inputs that the sources use most.
+
+Legend: K sources, N columns, S rows of a sample, T elements of a tile, B rows of a band (which is how a matrix is cut), R axes, r axes of
+one source.
+
+An update's rows lie in the span of the inputs that its fine-tune saw, so C_k = V_kᵀV_k / ‖V_k‖² tells how much source k makes of an input
+(WUDI, Cheng et al. 2025; RegMean, Jin et al. 2023). With e = K/N, the mean eigenvalue of Σ C_k, the point where
+
+    Σ_k tr (X − V_k) (C_k + e/K I) (X − V_k)ᵀ    is least is    Σ_k V_k P_k ,   P_k = (C_k + e/K I) (Σ_l C_l + e I)⁻¹ ,
+
+an average in which a source is heard where it acts and the others do not. Outside a few strong axes the C_k differ by little but chance, so
+P_k is reckoned in the span Q of the sources' strongest r axes and is 1/K elsewhere. The rays' point, which is about Σ_k V_k, moves by
+
+    Σ_k V_k Q (K · QᵀP_kQ − I) Qᵀ .
+
+Sources that agree, or a single one, are left alone. Axes and C_k are found from a sample of the rows: both are sums over rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+AXES = 16  # of a source; more of them hold more of bf16 rounding than of the update
+MOST_AXES = 256
+SOFTNESS = 1.0
+_BAND = 1 << 17  # elements of a band of rows
+_SAME = 1e-3  # squared sine of axes that count as one
+
+
+class Meeting:
+    """axes_NR: Q, orthonormal; shares_KRR: signal · (K · QᵀP_kQ − I)."""
+
+    def __init__(self, sample_KSN: Tensor, signal: float = 1.0, seed: int = 0) -> None:
+        """sample_KSN: rows of the updates, not all zero, float32 or float64. signal: the share of their energy that is more than rounding;
+        the point is moved by that much less. seed: of the sketch, drawn on the CPU. A source that is zero in the sample
+        has no axes of its own and no share in those of others."""
+        K, _, columns = sample_KSN.shape
+        self.axes_NR = _strong_axes(sample_KSN, min(AXES, max(1, MOST_AXES // K)), seed)
+        used_KSR = sample_KSN @ self.axes_NR
+        square_K = (
+            torch.linalg.vector_norm(sample_KSN.flatten(1), dim=1)
+            .square()
+            .clamp(min=torch.finfo(sample_KSN.dtype).tiny)
+        )
+        moment_KRR = used_KSR.mT @ used_KSR / square_K[:, None, None]
+        one_RR = torch.eye(moment_KRR.shape[1], dtype=sample_KSN.dtype, device=sample_KSN.device)
+        extra = SOFTNESS * K / columns
+        whole_RR = moment_KRR.sum(dim=0) + extra * one_RR
+        part_KRR = moment_KRR + extra / K * one_RR
+        self.shares_KRR = signal * (K * torch.linalg.solve(whole_RR.expand_as(part_KRR), part_KRR, left=False) - one_RR)
+
+    @property
+    def band(self) -> int:
+        """T of the pieces in which `add_` is to be given a matrix, so that the result does not depend on how it is cut: whole rows, and
+        a multiple of 2,048 elements."""
+        columns = len(self.axes_NR)
+        unit = math.lcm(columns, 2048)
+        return unit * max(1, _BAND // unit)
+
+    def add_(self, delta_KT: Tensor, point_T: Tensor) -> Tensor:
+        """Move the rays' point of whole rows [T], in place; delta_KT: their updates [K, T]."""
+        delta_KBN = delta_KT.view(len(delta_KT), -1, len(self.axes_NR))
+        # the shares of all sources add up to nothing: what differs from the last one is enough
+        used_KBR = (delta_KBN[:-1] - delta_KBN[-1]) @ self.axes_NR
+        point_T.view_as(delta_KBN[0]).addmm_((used_KBR @ self.shares_KRR[:-1]).sum(dim=0), self.axes_NR.T)
+        return point_T
+
+
+def _strong_axes(sample_KSN: Tensor, rank: int, seed: int) -> Tensor:
+    """Orthonormal axes [N, R] that span what is strongest in each source (subspace iteration: Halko, Martinsson and Tropp 2011).
+
+    R ≤ K · rank, and the whole space where that is no larger. The same span whatever the order of the sources.
+    """
+    K, _, columns = sample_KSN.shape
+    if K * rank >= columns:
+        return torch.eye(columns, dtype=sample_KSN.dtype, device=sample_KSN.device)
+    generator = torch.Generator().manual_seed(seed)
+    mix_Sr = torch.randn(sample_KSN.shape[1], rank, generator=generator, dtype=torch.float64).to(sample_KSN)
+    found_KNr = sample_KSN.mT @ mix_Sr  # mixed rows: columns in another order, or of other signs, give the same span
+    found_KNr = torch.linalg.qr(sample_KSN.mT @ (sample_KSN @ torch.linalg.qr(found_KNr).Q)).Q
+    moved_K = sample_KSN.flatten(1).any(dim=1)
+    joined_NR = found_KNr[moved_K].transpose(0, 1).flatten(1)
+    value_R, vector_RR = torch.linalg.eigh(joined_NR.T @ joined_NR)
+    kept_R = value_R > _SAME
+    axes_NR: Tensor = joined_NR @ (vector_RR[:, kept_R] * value_R[kept_R].rsqrt())
+    return axes_NR
