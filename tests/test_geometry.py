@@ -396,3 +396,31 @@ def test_loops_are_compiled_where_no_cache_may_be_kept(monkeypatch: pytest.Monke
     real = numba.njit
     monkeypatch.setattr(numba, "njit", njit)
     assert loops()(lambda x: x + 1)(2) == 3
+
+
+def test_rows_meet_where_sources_use_different_inputs() -> None:
+    """A source is heard alone on inputs that the others hardly use, whatever they say there; found from some of the rows, in pieces."""
+    from yeam.geometry.meeting import Meeting
+
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = 3000, 512
+    first, second = 0.01 * torch.randn(2, rows, columns, generator=generator, dtype=torch.float64)
+    signal = torch.randn(2, rows, 8, generator=generator, dtype=torch.float64)
+    first[:, :8] += signal[0]
+    second[:, 8:16] += signal[1]
+    second[:, :8] -= 0.1 * signal[0]  # speaks against the first where it has little to say
+    delta = torch.stack([first, second])
+    moved = Meeting(delta[:, ::2]).add_(delta.flatten(1), delta.sum(0).flatten()).view(rows, columns)
+    against = [float((x[:, :8] * signal[0]).sum() / signal[0].square().sum()) for x in (delta.sum(0), moved)]
+    assert against[0] < 0.91 and against[1] > 1.85  # of 2, what the first alone would have
+    swapped = Meeting(delta.flip(0)[:, ::2]).add_(delta.flip(0).flatten(1), delta.sum(0).flatten()).view(rows, columns)
+    torch.testing.assert_close(swapped, moved, rtol=1e-7, atol=1e-9)
+    same = torch.stack([first, first])
+    torch.testing.assert_close(Meeting(same).add_(same.flatten(1), 2 * first.flatten()), 2 * first.flatten())
+
+    base = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    short, long = (merge((base + delta).float(), base.float(), tile) for tile in (1 << 14, 1 << 20))
+    assert torch.equal(short, long)
+    update, expected = short.double() - base, reference.merge(base, delta) - base
+    # the reference looks at all rows: axes of noise differ
+    assert float(torch.nn.functional.cosine_similarity(update.flatten(), expected.flatten(), dim=0)) > 0.97

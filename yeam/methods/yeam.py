@@ -68,7 +68,7 @@ def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
     else:
         working = 4 * min(rows, columns) * frames
         working += 3 * columns * frames if rows < columns else 0  # a frame of rows is gathered whole
-    return 4 * (rows * columns + max(working, K * sample_rows(K, rows, columns) * columns))
+    return 4 * (rows * columns + max(working, (K + 1) * sample_rows(K, rows, columns) * columns))
 
 
 @merge_method("yeam", base="optional", needs=Whole, resident=_resident, exact=False)
@@ -226,22 +226,23 @@ def _meeting(
     count = sample_rows(inputs.K, rows, columns)
     runs = SAMPLE_RUNS if count < rows else 1
     edges = [count * i // runs for i in range(runs + 1)]
-    sample_KSN = torch.empty((inputs.K, count, columns), dtype=inputs.dtype, device=inputs.device)
-    flat_KT = sample_KSN.view(inputs.K, -1)
-    moments = Moments.of(inputs.K)
+    sample_VSN = torch.empty((inputs.K + 1, count, columns), dtype=inputs.dtype, device=inputs.device)  # and of the base
+    flat_VT = sample_VSN.view(inputs.K + 1, -1)
     for number, (first, last) in enumerate(pairwise(edges)):
         top = (rows - (last - first)) * number // max(1, runs - 1)
         begin = start + top * columns
         for part in parts(inputs, begin, begin + (last - first) * columns):
             delta_KT, base_T = updates_of(part, weight)
             at = part.start - begin + first * columns
-            flat_KT[:, at : at + part.stop - part.start] = delta_KT
-            moments.squares_2[0] += float(base_T.dot(base_T))
-    np.fill_diagonal(moments.gram_KK, torch.linalg.vector_norm(flat_KT, dim=1).double().square().cpu().numpy())
+            here_VT = flat_VT[:, at : at + part.stop - part.start]
+            here_VT[:-1], here_VT[-1] = delta_KT, base_T
+    moments = Moments.of(inputs.K)
+    *square_K, moments.squares_2[0] = torch.linalg.vector_norm(flat_VT, dim=1).double().square().tolist()
+    np.fill_diagonal(moments.gram_KK, square_K)
     total = float(moments.gram_KK.sum())
     if not 0 < total < math.inf:
         return None
-    return Meeting(sample_KSN, 1 - moments.rounding(weight, inputs.rounding) / total, seed)
+    return Meeting(sample_VSN[:-1], 1 - moments.rounding(weight, inputs.rounding) / total, seed)
 
 
 def _mean(inputs: Inputs, start: int, stop: int, weight: PerSource[float], strength: float) -> Iterator[Result]:
