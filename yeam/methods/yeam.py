@@ -226,7 +226,9 @@ def _meeting(
     count = sample_rows(inputs.K, rows, columns)
     runs = SAMPLE_RUNS if count < rows else 1
     edges = [count * i // runs for i in range(runs + 1)]
-    sample_VSN = torch.empty((inputs.K + 1, count, columns), dtype=inputs.dtype, device=inputs.device)  # and of the base
+    sample_VSN = torch.empty(
+        (inputs.K + 1, count, columns), dtype=inputs.dtype, device=inputs.device
+    )  # and of the base
     flat_VT = sample_VSN.view(inputs.K + 1, -1)
     for number, (first, last) in enumerate(pairwise(edges)):
         top = (rows - (last - first)) * number // max(1, runs - 1)
