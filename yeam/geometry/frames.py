@@ -19,7 +19,7 @@ from yeam.compiled import is_compiled
 
 LEAST_SHARE = 0.01  # of an axis that is taken to be more than rounding
 FLOOR = 1e-6  # eigenvalues below this share of the matrix's largest are treated as this share
-LEAST_CUT = 128  # axes of a Gram matrix that is worth computing by halves
+CUT = 64  # axes of a part of a Gram matrix, of which only the upper triangle of parts is computed
 _TILE = 1 << 18  # elements of a band of rows: gathered, multiplied and put back while in the cache
 
 
@@ -179,14 +179,10 @@ def _put_rows(x_MN: Tensor, band_R: Tensor, tile_RN: Tensor) -> None:
 
 
 def _add_gram_(gram_Fww: Tensor, x_FRw: Tensor) -> None:
-    """Add XᵀX of every frame; the lower left quarter, which mirrors the upper right one and which `_powers` does not read, may stay 0."""
-    width = x_FRw.shape[2]
-    half = width // 2 if width >= LEAST_CUT else width
-    left_FRh, right_FRh = x_FRw[:, :, :half], x_FRw[:, :, half:]
-    gram_Fww[:, :half, :half].baddbmm_(left_FRh.mT, left_FRh)
-    if half < width:
-        gram_Fww[:, :half, half:].baddbmm_(left_FRh.mT, right_FRh)
-        gram_Fww[:, half:, half:].baddbmm_(right_FRh.mT, right_FRh)
+    """Add the upper triangle of XᵀX of every frame; what is below it, which `_powers` does not read, may stay 0."""
+    for start in range(0, x_FRw.shape[2], CUT):
+        stop = start + CUT
+        gram_Fww[:, start:stop, start:].baddbmm_(x_FRw[:, :, start:stop].mT, x_FRw[:, :, start:])
 
 
 class _ColumnGrams:

@@ -223,12 +223,18 @@ def _combine(share_B, x_T, B, first, out_T):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def ray_points(word_VS, kind, has_base, weight_K, m, out_T, gram_KK, along_K, squares_2):  # type: ignore[no-untyped-def]
+def _contrast(x_T, y_T, out_T):  # type: ignore[no-untyped-def]
+    for i in range(len(out_T)):
+        out_T[i] = x_T[i] - y_T[i]
+
+
+@_compiled
+def ray_points(word_VS, kind, has_base, weight_K, m, begin, out_T, contrast_CT, gram_KK, along_K, squares_2):  # type: ignore[no-untyped-def]
     """The rays' point of every block of v_k = weight_k · (source_k − base), and the sums that its length is chosen by.
 
-    word_VS, kind: K ≥ 2 sources and, where has_base, the base. weight_K: [K] float32; m: 1 + μ,
-    float32. Writes out_T [T]; adds, all in float64, ⟨v_k, v_l⟩ to gram_KK, ⟨v_k, out⟩ to along_K, and ‖base‖², ‖out‖² to squares_2.
-    The last block is padded with zeros.
+    word_VS, kind: K ≥ 2 sources and, where has_base, the base, read from element `begin` on. weight_K: [K] float32; m: 1 + μ,
+    float32. Writes out_T [T], and v_k − v_(K−1) to contrast_CT, whose rows are the first K − 1 sources or none; adds, all in
+    float64, ⟨v_k, v_l⟩ to gram_KK, ⟨v_k, out⟩ to along_K, and ‖base‖², ‖out‖² to squares_2. The last block is padded with zeros.
     """
     K, T = len(weight_K), len(out_T)
     bits_KT, base_bits_T = np.empty((K, STEP), np.uint32), np.empty(STEP, np.uint32)
@@ -241,11 +247,12 @@ def ray_points(word_VS, kind, has_base, weight_K, m, out_T, gram_KK, along_K, sq
         size = min(STEP, T - start)
         stop = start + size
         B = (size + GROUP - 1) // GROUP * BLOCKS
+        at = begin + start
         if kind == 0 and has_base and K == 2:
             squares_2[0] += _two_updates(
-                word_VS[0, start:stop],
-                word_VS[1, start:stop],
-                word_VS[2, start:stop],
+                word_VS[0, at : at + size],
+                word_VS[1, at : at + size],
+                word_VS[2, at : at + size],
                 weight_K[0],
                 weight_K[1],
                 v_KT[0, :size],
@@ -253,12 +260,12 @@ def ray_points(word_VS, kind, has_base, weight_K, m, out_T, gram_KK, along_K, sq
             )
         else:
             if has_base:
-                widen(word_VS[K], start, kind, base_T[:size], base_bits_T[:size])
+                widen(word_VS[K], at, kind, base_T[:size], base_bits_T[:size])
                 squares_2[0] += _dot(base_T, base_T, size)
             for k in range(K):
-                _updated(
-                    word_VS[k], start, kind, has_base, weight_K[k], base_T[:size], v_KT[k, :size], bits_KT[k, :size]
-                )
+                _updated(word_VS[k], at, kind, has_base, weight_K[k], base_T[:size], v_KT[k, :size], bits_KT[k, :size])
+        for k in range(len(contrast_CT)):
+            _contrast(v_KT[k, :size], v_KT[K - 1, :size], contrast_CT[k, start:stop])
         for k in range(K):
             for i in range(size, 4 * B):
                 v_KT[k, i] = np.float32(0.0)

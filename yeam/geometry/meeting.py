@@ -1,7 +1,7 @@
 """Where whole rows meet: the planes of the rays once more, in the axes of the inputs that the sources use most.
 
 Legend: K sources, N columns, S rows of a sample, T elements of a tile, B rows of a band (which is how a matrix is cut), R axes, r axes of
-one source.
+one source, C sources but the last.
 
 An update's rows lie in the span of the inputs that its fine-tune saw, so C_k = V_kᵀV_k / ‖V_k‖² tells how much source k makes of an input
 (WUDI, Cheng et al. 2025; RegMean, Jin et al. 2023). With e = K/N, the mean eigenvalue of Σ C_k, the point where
@@ -31,7 +31,7 @@ _SAME = 1e-3  # squared sine of axes that count as one
 
 
 class Meeting:
-    """axes_NR: Q, orthonormal; shares_KRR: signal · (K · QᵀP_kQ − I)."""
+    """axes_NR: Q, orthonormal; shares_CRR: signal · (K · QᵀP_kQ − I) of all sources but the last, which add up to nothing with its."""
 
     def __init__(self, sample_KSN: Tensor, signal: float = 1.0, seed: int = 0) -> None:
         """sample_KSN: rows of the updates, not all zero, float32 or float64. signal: the share of their energy that is more than rounding;
@@ -49,8 +49,8 @@ class Meeting:
         one_RR = torch.eye(moment_KRR.shape[1], dtype=sample_KSN.dtype, device=sample_KSN.device)
         extra = SOFTNESS * K / columns
         whole_RR = moment_KRR.sum(dim=0) + extra * one_RR
-        part_KRR = moment_KRR + extra / K * one_RR
-        self.shares_KRR = signal * (K * torch.linalg.solve(whole_RR.expand_as(part_KRR), part_KRR, left=False) - one_RR)
+        part_CRR = moment_KRR[:-1] + extra / K * one_RR
+        self.shares_CRR = signal * (K * torch.linalg.solve(whole_RR.expand_as(part_CRR), part_CRR, left=False) - one_RR)
 
     @property
     def band(self) -> int:
@@ -60,12 +60,14 @@ class Meeting:
         unit = math.lcm(columns, 2048)
         return unit * max(1, _BAND // unit)
 
-    def add_(self, delta_KT: Tensor, point_T: Tensor) -> Tensor:
-        """Move the rays' point of whole rows [T], in place; delta_KT: their updates [K, T]."""
-        delta_KBN = delta_KT.view(len(delta_KT), -1, len(self.axes_NR))
-        # the shares of all sources add up to nothing: what differs from the last one is enough
-        used_KBR = (delta_KBN[:-1] - delta_KBN[-1]) @ self.axes_NR
-        point_T.view_as(delta_KBN[0]).addmm_((used_KBR @ self.shares_KRR[:-1]).sum(dim=0), self.axes_NR.T)
+    def add_(self, contrast_CT: Tensor, point_T: Tensor) -> Tensor:
+        """Move the rays' point of whole rows [T], in place.
+
+        contrast_CT: [K − 1, T], the updates less the last one: what all have in common does not move it.
+        """
+        contrast_CBN = contrast_CT.view(len(contrast_CT), -1, len(self.axes_NR))
+        used_CBR = contrast_CBN @ self.axes_NR
+        point_T.view_as(contrast_CBN[0]).addmm_((used_CBR @ self.shares_CRR).sum(dim=0), self.axes_NR.T)
         return point_T
 
 
@@ -79,8 +81,9 @@ def _strong_axes(sample_KSN: Tensor, rank: int, seed: int) -> Tensor:
         return torch.eye(columns, dtype=sample_KSN.dtype, device=sample_KSN.device)
     generator = torch.Generator().manual_seed(seed)
     mix_Sr = torch.randn(sample_KSN.shape[1], rank, generator=generator, dtype=torch.float64).to(sample_KSN)
-    found_KNr = sample_KSN.mT @ mix_Sr  # mixed rows: columns in another order, or of other signs, give the same span
-    found_KNr = torch.linalg.qr(sample_KSN.mT @ (sample_KSN @ torch.linalg.qr(found_KNr).Q)).Q
+    # mixed rows: columns in another order, or of other signs, give the same span
+    found_KNr = torch.linalg.qr((mix_Sr.T @ sample_KSN).mT).Q
+    found_KNr = torch.linalg.qr(((sample_KSN @ found_KNr).mT @ sample_KSN).mT).Q
     moved_K = sample_KSN.flatten(1).any(dim=1)
     joined_NR = found_KNr[moved_K].transpose(0, 1).flatten(1)
     value_R, vector_RR = torch.linalg.eigh(joined_NR.T @ joined_NR)

@@ -55,28 +55,26 @@ def resolve(
         moments.add(delta_KT, part.base_T, point_T)
         if meeting is not None:
             for at in range(0, len(point_T), meeting.band):
-                meeting.add_(delta_KT[:, at : at + meeting.band], point_T[at : at + meeting.band])
+                here_KT = delta_KT[:, at : at + meeting.band]
+                meeting.add_(here_KT[:-1] - here_KT[-1], point_T[at : at + meeting.band])
         return out_T
 
     from yeam.geometry.kernels import ray_points
 
     word_VS, kind = _rows(part)
-    ray_points(
-        word_VS,
-        kind,
-        len(word_VS) > len(weight),
-        np.asarray(weight, np.float32),
-        np.float32(1.0 + softness),
-        array(out_T),
-        moments.gram_KK,
-        moments.along_K,
-        moments.squares_2,
-    )
-    if meeting is not None:
-        room_T = np.empty((len(weight) + 1) * min(meeting.band, len(out_T)), np.float32)
-        for at in range(0, len(out_T), meeting.band):
-            delta_KT, _ = _updates_of(word_VS, kind, weight, at, min(meeting.band, len(out_T) - at), room_T)
-            meeting.add_(delta_KT, tensor(out_T[at : at + meeting.band]))
+    has_base = len(word_VS) > len(weight)
+    weight_K, m = np.asarray(weight, np.float32), np.float32(1.0 + softness)
+    sums = moments.gram_KK, moments.along_K, moments.squares_2
+    if meeting is None:
+        none_CT = np.empty((0, 0), np.float32)
+        ray_points(word_VS, kind, has_base, weight_K, m, 0, array(out_T), none_CT, *sums)
+        return out_T
+    room_T = np.empty((len(weight) - 1) * min(meeting.band, len(out_T)), np.float32)
+    for at in range(0, len(out_T), meeting.band):  # in the cache from the rays to where the rows meet
+        point_T = array(out_T)[at : at + meeting.band]
+        contrast_CT = room_T[: (len(weight) - 1) * len(point_T)].reshape(-1, len(point_T))
+        ray_points(word_VS, kind, has_base, weight_K, m, at, point_T, contrast_CT, *sums)
+        meeting.add_(tensor(contrast_CT), tensor(point_T))
     return out_T
 
 
@@ -85,20 +83,11 @@ def updates_of(part: Tile | StoredTile, weight: Sequence[float]) -> tuple[Tensor
     if isinstance(part, Tile):
         assert part.base_T is not None
         return updates_(part.sources_KT, part.base_T, weight), part.base_T
-    size = part.stop - part.start
-    room_T = np.empty((len(weight) + 1) * size, np.float32)
-    return _updates_of(part.word_VS, part.kind, weight, 0, size, room_T)
-
-
-def _updates_of(
-    word_VS: Array, kind: int, weight: Sequence[float], start: int, size: int, room_T: Array
-) -> tuple[Tensor, Tensor]:
-    """The updates of `size` elements and their base, in room_T."""
     from yeam.stored import differences
 
-    rows_VT = room_T[: (len(weight) + 1) * size].reshape(-1, size)
+    rows_VT = np.empty((len(weight) + 1, part.stop - part.start), np.float32)
     delta_KT, base_T = rows_VT[:-1], rows_VT[-1]
-    differences(word_VS, kind, start, delta_KT, base_T)
+    differences(part.word_VS, part.kind, 0, delta_KT, base_T)
     for k, factor in enumerate(weight):
         if factor != 1.0:
             delta_KT[k] *= np.float32(factor)

@@ -71,7 +71,8 @@ def _compiled_point(delta_KT: Tensor, softness: float, out_T: Tensor) -> Tensor:
 
     K, point_T = len(delta_KT), out_T.numpy()
     sums = np.zeros((K, K)), np.zeros(K), np.zeros(2)  # of no use here
-    ray_points(words(delta_KT), KINDS["F32"], False, np.ones(K, np.float32), np.float32(1.0 + softness), point_T, *sums)
+    ones_K, none_CT = np.ones(K, np.float32), np.empty((0, 0), np.float32)
+    ray_points(words(delta_KT), KINDS["F32"], False, ones_K, np.float32(1.0 + softness), 0, point_T, none_CT, *sums)
     return out_T
 
 

@@ -6,7 +6,7 @@ is added up in one residual stream, so frames see all of them together: head by 
 k did so on some.
 
 Legend: K sources, G key/value groups of a step, H query heads of a group, d dimensions of a head, N axes of the residual stream,
-R rows of a part.
+R rows of a part, C sources but the last.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _meet(
             total = float(part.moments.gram_KK.diagonal().sum())
             signal = 1 - part.moments.rounding(weight, parts.tensor(part.name).rounding) / total
             meetings[part.name] = Meeting(sample_KSN, signal, seed)
-    used_KNr: Tensor | float = 0.0  # of o: what each row of it, a column here, makes of the axes, summed over groups
+    used_CNr: Tensor | float = 0.0  # of o: what each row of it, a column here, makes of the axes, summed over groups
     for groups in steps_of(parts) if meetings else ():
         _, deltas, _ = updates(parts, groups, pair, weight)
         for part in mine:
@@ -142,15 +142,16 @@ def _meet(
             if meeting is None:
                 continue
             delta_KRN = deltas[part.name].flatten(1, -2)
+            contrast_CRN = delta_KRN[:-1] - delta_KRN[-1]
             if part.name == "o":
                 size = parts.circuit.count("o") * parts.circuit.head_dim
-                used_KNr = delta_KRN.mT @ meeting.axes_NR[groups.start * size : groups.stop * size] + used_KNr
+                used_CNr = contrast_CRN.mT @ meeting.axes_NR[groups.start * size : groups.stop * size] + used_CNr
             else:
-                meeting.add_(delta_KRN.flatten(1), _rows(part, groups, parts.circuit).reshape(-1))
+                meeting.add_(contrast_CRN.flatten(1), _rows(part, groups, parts.circuit).reshape(-1))
     for part in mine:
         if part.name == "o" and part.name in meetings:
             meeting = meetings[part.name]
-            part.point_RN.addmm_(meeting.axes_NR, (used_KNr @ meeting.shares_KRR).sum(dim=0).T)
+            part.point_RN.addmm_(meeting.axes_NR, (used_CNr @ meeting.shares_CRR).sum(dim=0).T)
 
 
 def _spread(parts: Parts, part: Update, weight: Sequence[float], frames: Frames, rounds: int, seed: int) -> None:
