@@ -11,6 +11,7 @@ import re
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -338,6 +339,23 @@ def test_jobs_are_announced_once_and_no_further_than_the_window(
         with ahead:
             pass
     assert told == [job.name for job in jobs[1:]] and batches < len(jobs)
+
+
+def test_large_tensors_come_early_and_one_at_a_time() -> None:
+    """Lanes that take the next job as they come free end within the time of a common one of each other, and no two large ones meet."""
+    sizes = [60, *[1] * 500, 60]
+    jobs = [SimpleNamespace(name=str(i), numel=size) for i, size in enumerate(sizes)]
+    assert list(engine._order(jobs, 1)) == jobs  # type: ignore[arg-type]
+    ordered = list(engine._order(jobs, 2))  # type: ignore[arg-type]
+    assert sorted(ordered, key=lambda job: int(job.name)) == jobs
+    free, large = [0, 0], []
+    for job in ordered:
+        start = min(free)
+        free[free.index(start)] = start + job.numel
+        if job.numel == 60:
+            large.append(start)
+    assert max(free) - min(free) <= 1
+    assert large[1] - large[0] >= 60
 
 
 def test_spans_that_touch_are_one() -> None:

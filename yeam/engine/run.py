@@ -43,6 +43,7 @@ from yeam.planning.jobs import Job, Plan
 
 MANY = 1 << 11  # tensors that one lane merges alone if they are small: several would wait for the interpreter
 SMALL = 1 << 16  # elements: of more on average they are not
+LARGE = 32  # a lane's work in jobs of this size: with fewer, one at the end would leave the other lanes idle
 WATCH = 0.2  # seconds between looks at the other processes
 
 
@@ -139,9 +140,21 @@ def run(
 
 
 def _order(todo: Sequence[Job], lanes: int) -> deque[Job]:
-    """The plan's order, which is the files', after the few jobs so large that a lane would be left alone with one at the end."""
-    large = sum(job.numel for job in todo) / (8 * lanes)
-    return deque(sorted(todo, key=lambda job: 0 if job.numel > large else 1))
+    """The plan's order, which is the files', but for the few jobs so large that a lane would be left alone with one at the end: these
+    come early, each once the other lanes have had as much as the last one, so that two are never in memory for want of others."""
+    if lanes == 1:
+        return deque(todo)
+    large = sum(job.numel for job in todo) / (LARGE * lanes)
+    waiting = deque(job for job in todo if job.numel > large)
+    ordered: deque[Job] = deque()
+    room = 0
+    for job in (job for job in todo if job.numel <= large):
+        if room <= 0 and waiting:
+            ordered.append(waiting.popleft())
+            room = ordered[-1].numel * (lanes - 1)
+        ordered.append(job)
+        room -= job.numel
+    return ordered + waiting
 
 
 class _Crew:
