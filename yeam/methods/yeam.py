@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PANEL_ROWS = 16_384
 LEAST_SIDE = 8
-SAMPLE, LEAST_ROWS = 1 << 21, 64  # elements of all sources that tell what these make of their inputs, rows at least
+SAMPLE, LEAST_ROWS = 1 << 20, 128  # elements of all sources that tell what these make of their inputs, rows at least
 SAMPLE_RUNS = 16  # of consecutive rows
 HELD_BYTES = 128 << 20  # without frames, points of a tensor up to this size are kept and not computed again
 
