@@ -105,6 +105,10 @@ class Checkpoint(ABC):
         """Where the tensor lies as raw bytes, for read-ahead and byte copies; None where it is computed on the fly."""
         return None
 
+    def extents(self, names: Sequence[str]) -> list[Extent]:
+        """As `extent` of all these tensors in their order, without those of which it is None; neighbours in a file may be one."""
+        return [extent for name in names if (extent := self.extent(name)) is not None]
+
     def prepare(self, name: str) -> None:  # noqa: B027 - most inputs are local
         """Make sure that the tensor's bytes are on this machine: a Hub model downloads the tensor's file here.
 

@@ -92,6 +92,9 @@ class HubCheckpoint(SafetensorsCheckpoint):
     def read_all(self, names: Sequence[str], place: Array) -> None:
         Checkpoint.read_all(self, names, place)  # one by one: each may have to be fetched
 
+    def extents(self, names: Sequence[str]) -> list[Extent]:
+        return Checkpoint.extents(self, names)  # likewise
+
     def sample(self, name: str, blocks: int = 64, size: int = 4096) -> bytes:
         with self._brought(self.piece(name), urgent=True):
             return super().sample(name, blocks, size)

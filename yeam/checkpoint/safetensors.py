@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -117,17 +117,28 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def read_all(self, names: Sequence[str], place: Array) -> None:
         data, at = place.data, 0
-        runs: list[tuple[Stored, str, int, int]] = []  # of neighbours: where the first lies, its name, where they go
-        for name in names:
-            stored, start, at = self._stored(name), at, at + self.tensors[name].nbytes
-            first, label, begin, _ = runs[-1] if runs else (stored, name, start, start)
-            if runs and stored.path == first.path and stored.begin - first.begin == start - begin:
-                runs[-1] = first, label, begin, at
-            else:
-                runs.append((stored, name, start, at))
-        for (path, length, offset, descriptors), label, begin, end in runs:
+        for label, nbytes in self._runs(names):
+            path, length, offset, descriptors = self._stored(label)
             with descriptors.borrow(path, length) as fd:
-                read_exactly(fd, data[begin:end], offset, f"{path}: tensor {label!r} or one after it")
+                read_exactly(fd, data[at : at + nbytes], offset, f"{path}: tensor {label!r} or one after it")
+            at += nbytes
+
+    def _runs(self, names: Sequence[str]) -> Iterator[tuple[str, int]]:
+        """Of tensors that follow each other in a file, the first one's name, and the bytes of all."""
+        label, nbytes, shard, end = "", 0, "", 0
+        for name in names:
+            place, size = self._places[name], self.tensors[name].nbytes
+            if place != (shard, end):
+                if label:
+                    yield label, nbytes
+                label, nbytes, (shard, end) = name, 0, place
+            nbytes, end = nbytes + size, end + size
+        if label:
+            yield label, nbytes
+
+    def extents(self, names: Sequence[str]) -> list[Extent]:
+        found = [(self._places[label], nbytes) for label, nbytes in self._runs(names)]
+        return [Extent(self._paths[shard], begin, nbytes) for (shard, begin), nbytes in found]
 
     def _size(self, name: str, start: int, stop: int) -> int:
         """Bytes of an element. Raises ValueError where it has not these elements."""

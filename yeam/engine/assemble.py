@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.beside import MODULES
@@ -35,5 +36,4 @@ def assemble(
     output.add_file("README.md", card)
     output.add_file("yeam_config.yaml", loaded.text)
     # the folder's place on the author's machine is nobody else's business
-    published = {**report.to_dict(), "out": report.out.name}
-    output.add_file("yeam_report.json", json.dumps(published, indent=1) + "\n")
+    output.add_file("yeam_report.json", replace(report, out=Path(report.out.name)).to_json())

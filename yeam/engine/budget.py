@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from yeam.checkpoint.base import Checkpoint
@@ -24,6 +25,9 @@ CUDA_SHARE = 0.8  # of the free memory: the rest is for what methods allocate on
 TORCH = 144 << 20  # bytes that importing torch takes, and its first factorization
 LOOPS = 40 << 20  # bytes that numba and the loops of a method take
 AMPLE = 128 << 20  # bytes for a lane's tiles on the CPU: of many sources tiles are shorter, and memory does not grow
+_KIND = attrgetter(
+    "method", "shape", "dtype", "work", "exact", "resident"
+)  # of a job, with what it reads: what it takes in memory
 
 
 def tile_for(plan: Plan, checkpoints: Sequence[Checkpoint], device: Device, memory: int) -> int:
@@ -64,18 +68,23 @@ def costs_of(plan: Plan, checkpoints: Sequence[Checkpoint], memory: int) -> dict
 def _unlike(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> list[Job]:
     """One of all jobs that take the same memory: there are thousands of experts, and few shapes."""
 
-    def source(each: Input) -> tuple[Any, ...]:
+    def computed(each: Input) -> tuple[Any, ...]:
         checkpoint, name = checkpoints[each.model], each.tensor
-        info = checkpoint.tensors[name]
-        if checkpoint.as_stored:
-            return info.dtype, info.shape, 0, False
-        return info.dtype, info.shape, checkpoint.resident_bytes(name), checkpoint.extent(name) is None
+        return () if stored[each.model] else (checkpoint.resident_bytes(name), checkpoint.extent(name) is None)
 
+    stored, tables = [each.as_stored for each in checkpoints], [each.tensors for each in checkpoints]
+    everything = all(stored)
     found: dict[tuple[Any, ...], Job] = {}
     for job in jobs:
-        companions = tuple((other.shape, len(other.sources), other.base is None) for other in job.companions.values())
-        key = (job.method, job.shape, job.dtype, job.work, job.exact, job.resident, job.base is None, companions)
-        found.setdefault((*key, *map(source, job.reads)), job)
+        reads, companions = job.reads, job.companions
+        infos = [tables[each.model][each.tensor] for each in reads]
+        key = (
+            *_KIND(job),
+            job.base is None,
+            *[(info.dtype, info.shape) for info in infos],
+            *[(other.shape, len(other.sources), other.base is None) for other in companions.values()],
+        )
+        found.setdefault(key if everything else (*key, *map(computed, reads)), job)
     return list(found.values())
 
 

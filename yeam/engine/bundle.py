@@ -13,8 +13,8 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -32,8 +32,7 @@ from yeam.planning.jobs import Input, Job
 MOST = 512  # jobs that a lane takes together: what a kill may lose
 
 
-@dataclass(frozen=True)
-class Made:
+class Made(NamedTuple):
     """A finished tensor: the checksum of its bytes, and its facts for the report."""
 
     job: Job
@@ -73,13 +72,13 @@ def _kind(job: Job, checkpoints: Sequence[Checkpoint]) -> tuple[Any, ...] | None
     method = method_named(job.method)
     if method.tensors or not method.elementwise:
         return None
-    inputs = job.inputs
     stored = stored_kind(job, job, checkpoints)
-    if stored is None or len(set(inputs)) < len(inputs):
+    if stored is None or not lies_here(job.inputs, checkpoints):
         return None
-    if not lies_here(inputs, checkpoints):
+    places = [(source.model, source.tensor) for source in job.inputs]
+    if len(set(places)) < len(places):
         return None
-    return job.method, job.dtype, job.work, stored, job.base is None, tuple(source.model for source in inputs)
+    return job.method, job.dtype, job.work, stored, job.base is None, *[model for model, _ in places]
 
 
 def computed(

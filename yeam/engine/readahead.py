@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from yeam.checkpoint.base import Checkpoint
+from yeam.checkpoint.base import Checkpoint, Extent
 from yeam.planning.jobs import Job
 
 WINDOW = 256 << 20  # bytes announced ahead of the lanes
@@ -59,13 +59,8 @@ class ReadAhead:
 
     def _announce(self, jobs: Iterable[Job]) -> None:
         spans: dict[Path, list[tuple[int, int]]] = {}
-        for job in jobs:
-            most = WINDOW // max(1, len(job.reads))
-            for source in job.reads:
-                extent = self._checkpoints[source.model].extent(source.tensor)
-                if extent is not None:
-                    end = extent.offset + min(extent.nbytes, most)
-                    spans.setdefault(extent.path, []).append((extent.offset, end))
+        for extent in self._extents(jobs):
+            spans.setdefault(extent.path, []).append((extent.offset, extent.offset + extent.nbytes))
         for path, found in spans.items():
             with contextlib.suppress(OSError):  # advice only: reading itself reports what is wrong
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # not kept: there may be thousands of small files
@@ -75,6 +70,20 @@ class ReadAhead:
                             os.posix_fadvise(fd, offset, min(_STEP, end - offset), os.POSIX_FADV_WILLNEED)
                 finally:
                     os.close(fd)
+
+    def _extents(self, jobs: Iterable[Job]) -> Iterator[Extent]:
+        """What the jobs read, of a tensor no more than its share of the window."""
+        names: dict[int, list[str]] = {}
+        for job in jobs:
+            reads = job.reads
+            for source in reads:
+                checkpoint, most = self._checkpoints[source.model], WINDOW // len(reads)
+                if checkpoint.tensors[source.tensor].nbytes <= most:
+                    names.setdefault(source.model, []).append(source.tensor)
+                else:
+                    yield from (large._replace(nbytes=most) for large in checkpoint.extents([source.tensor]))
+        for model, wanted in names.items():
+            yield from self._checkpoints[model].extents(wanted)
 
 
 def joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -185,7 +185,7 @@ def make_stages(
     attach(pipeline)
     made, plans = StagesMade(), [stage.plan for stage in pipeline.stages]
     written = [stage for stage in pipeline.stages if stage.checkpoint is not None and not stage.checkpoint.streamed]
-    for stage in [*written, pipeline.result]:
+    for stage in [*written, pipeline.result] if written else []:  # of one stage alone, `run` finds it out as early
         check_memory(stage.plan, stage.members.checkpoints, device, memory)
     shown = _Shown(listener, [plan for plan in plans if any(stage.plan is plan for stage in written)] + plans[-1:])
     with contextlib.ExitStack() as stack:

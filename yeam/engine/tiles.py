@@ -375,8 +375,10 @@ def read_stored(checkpoint: Checkpoint, name: str, start: int, stop: int, place:
 
 def stored_kind(job: Job, own: Job | Companion, checkpoints: Sequence[Checkpoint]) -> int | None:
     """How `yeam.stored` knows the storage type of all inputs, where it serves: one type, and work in float32."""
+    if job.work != "F32":
+        return None
     found = {checkpoints[source.model].tensors[source.tensor].dtype for source in own.inputs}
-    return KINDS.get(found.pop()) if len(found) == 1 and job.work == "F32" else None
+    return KINDS.get(found.pop()) if len(found) == 1 else None
 
 
 def lies_here(inputs: Iterable[Input], checkpoints: Sequence[Checkpoint]) -> bool:

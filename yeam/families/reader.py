@@ -13,6 +13,7 @@ from yeam.families.layouts import view_of
 from yeam.families.sites import role_of, roles_of
 from yeam.families.stacks import Stack, locate
 from yeam.families.table import Family
+from yeam.records import altered
 
 _EARLY_NORMS = frozenset({"embedding_norm", "norm"})
 _POST_ROLES = frozenset({"head", "norm"})
@@ -57,7 +58,7 @@ class Reader:
         stack, layer, rest = found
         alike = self._alike.get((stack.prefix, rest, shape))
         if alike is not None:  # what the table says of a tensor, it says in every layer
-            return _in_layer(alike, layer)
+            return altered(alike, layer=layer)
         sites, noted = self._own.get(stack.prefix), len(self.notes)
         known = _look_up(sites, rest) if sites is not None else None
         site, is_bias = known or self._infer(name, rest, shape, True)
@@ -104,11 +105,6 @@ class Reader:
             "bias" if is_bias else role_of(site), roles_of(site, is_bias), site, stack, layer, place,
             expert=int(expert.group(1)) if expert else None, view=view,
         )  # fmt: skip
-
-
-def _in_layer(m: Meaning, layer: int) -> Meaning:
-    """As dataclasses.replace, in a third of the time."""
-    return Meaning(m.role, m.roles, m.site, m.stack, layer, m.place, m.module, m.expert, m.view, m.vocab_axis)
 
 
 def _look_up(sites: Mapping[str, str], rest: str) -> tuple[str, bool] | None:

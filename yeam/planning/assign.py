@@ -12,6 +12,7 @@ from yeam.planning.jobs import Input, Job
 from yeam.planning.members import Member
 from yeam.planning.outline import Group, Outlined, Seat
 from yeam.recipe import LoadedRecipe
+from yeam.records import altered
 
 Owner = tuple[Seat, str]
 """A seat and the name under which it has the tensor."""
@@ -26,18 +27,50 @@ def job_of(loaded: LoadedRecipe, method: Method, outlined: Outlined, donor: Memb
     owners = [(seat, name) for seat, name in outlined.found if name is not None]
     if outlined.meaning.role == "buffer":
         return _copy(owners[0], outlined) if owners and owners[0] == outlined.found[0] else None
-    _check_presence(loaded, outlined, owners)
-    _check_shapes(loaded, outlined, owners, donor)
+    if len(owners) < len(outlined.found):
+        raise _absent(loaded, outlined, owners)
+    kind, known = _kind(outlined, owners), outlined.group.alike
+    if kind not in known:
+        _check_shapes(loaded, outlined, owners, donor)
+        if owners[0][0].member.info(owners[0][1]).storage.is_float:
+            _check_count(loaded, method, outlined.group)
+        if outlined.layer is not None:  # the donor's own tensor has a say in the others
+            known[kind] = None
+    first, name = owners[0]
+    if not first.member.info(name).storage.is_float:
+        return _copy(owners[0], outlined)
+    values = _parameters(loaded, method, outlined)
+    key = kind, repr(values) if outlined.group.resolver.is_filtered else outlined.t
+    alike = known.get(key)
+    if alike is None:
+        alike = known[key] = _first_of(loaded, method, outlined, owners, values)
+    job, taken = alike
+    inputs = [Input(seat.member.index, name) for seat, name in owners]
+    return altered(
+        job,
+        name=outlined.name,
+        sources=tuple([inputs[k] for k in taken]),
+        base=inputs[0] if job.base is not None else None,
+        layer=outlined.layer,
+    )
+
+
+def _kind(outlined: Outlined, owners: Sequence[Owner]) -> tuple[Any, ...]:
+    """What the job of a tensor follows from, beside its parameters: names and layers are not part of it."""
+    return outlined.meaning.role, outlined.meaning.roles, *[seat.member.kind(name) for seat, name in owners]
+
+
+def _first_of(
+    loaded: LoadedRecipe, method: Method, outlined: Outlined, owners: Sequence[Owner], values: Mapping[str, Any]
+) -> tuple[Job, Sequence[int]]:
+    """The job of the first tensor of a kind, and which of its owners are the sources."""
     first, name = owners[0]
     info = first.member.info(name)
-    if not info.storage.is_float:
-        return _copy(owners[0], outlined)
-    _check_count(loaded, method, outlined.group)
-    sources = owners if outlined.group.base is None else owners[1:]
-    values = _parameters(loaded, method, outlined)
     dtype = _output_dtype(loaded, first.member.natural_dtype(name))
     if method.name == "passthrough" and values["scale"] == (None,) and info.dtype == dtype:
-        return _copy(owners[0], outlined)
+        return _copy(owners[0], outlined), (0,)
+    start = 0 if outlined.group.base is None else 1
+    chosen: Sequence[int] = range(start, len(owners))
     if method.check is not None:
         try:
             method.check(info.shape, values)
@@ -46,13 +79,14 @@ def job_of(loaded: LoadedRecipe, method: Method, outlined: Outlined, donor: Memb
             raise loaded.error(outlined.group.path, message, error.remedy) from None
     if method.settle is not None:
         try:
-            taken, values = _settled(method, len(sources), values)
+            taken, values = _settled(method, len(chosen), values)
         except ConfigError as error:
             message = f"{outlined.name}: method {method.name!r}: {error.message}"
             raise loaded.error(outlined.group.path, message, error.remedy) from None
-        sources = [sources[k] for k in taken]
+        chosen = [start + k for k in taken]
     work = _work_dtype(loaded, method, owners)
-    return Job(
+    sources = [owners[k] for k in chosen]
+    job = Job(
         name=outlined.name,
         shape=info.shape,
         dtype=dtype,
@@ -67,6 +101,7 @@ def job_of(loaded: LoadedRecipe, method: Method, outlined: Outlined, donor: Memb
         layer=outlined.layer,
         resident=resident_bytes(method, info.shape, len(sources), values, work),
     )
+    return job, tuple(chosen)
 
 
 def _settled(method: Method, count: int, values: Mapping[str, Any]) -> tuple[Sequence[int], dict[str, Any]]:
@@ -157,13 +192,11 @@ def _check_count(loaded: LoadedRecipe, method: Method, group: Group) -> None:
         )
 
 
-def _check_presence(loaded: LoadedRecipe, outlined: Outlined, owners: Sequence[Owner]) -> None:
+def _absent(loaded: LoadedRecipe, outlined: Outlined, owners: Sequence[Owner]) -> CheckpointError:
     missing = [str(seat.member.ref) for seat, name in outlined.found if name is None]
-    if not missing:
-        return
     have = ", ".join(str(seat.member.ref) for seat, _ in owners)
     families = sorted({seat.member.anatomy.family for seat, _ in outlined.found})
-    raise CheckpointError(
+    return CheckpointError(
         f"{loaded.locate(outlined.group.path)}: {outlined.name} is "
         + (f"in {have} but " if have else "")
         + f"not in {', '.join(missing)}"

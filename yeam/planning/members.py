@@ -84,6 +84,8 @@ class Member:
 
     def find(self, name: str, owner: Member) -> str | None:
         """This model's name of `owner`'s tensor: the same, another spelling of its prefix, or what it is tied to."""
+        if name in self.checkpoint.tensors and name not in self.duplicates:
+            return name
         for candidate in self._spellings(name, owner):
             stored = self.duplicates.get(candidate, self.checkpoint.aliases.get(candidate, candidate))
             if stored in self.checkpoint.tensors:
@@ -130,6 +132,12 @@ class Member:
 
     def info(self, name: str) -> TensorInfo:
         return self.checkpoint.tensors[name]
+
+    def kind(self, name: str) -> tuple[str, tuple[int, ...], str]:
+        """A tensor's dtype as it is read, its shape, and its `natural_dtype`."""
+        checkpoint = self.checkpoint
+        info = checkpoint.tensors[name]
+        return info.dtype, info.shape, info.dtype if checkpoint.as_stored else checkpoint.natural_dtype(name)
 
     def natural_dtype(self, name: str) -> str:
         """The safetensors code in which the model has a tensor: as stored, or what an adapter or scales hide."""

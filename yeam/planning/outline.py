@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from yeam.errors import CheckpointError, suggest
 from yeam.families import Meaning, Stack
@@ -33,7 +33,7 @@ class Group:
     """The models that are merged over the same output tensors: every entry of the recipe, and the method's base.
 
     `layers` is the depth of a slice, None for whole models. `values` are the parameters known so far by the place along
-    gradients, where that decides them.
+    gradients, where that decides them; `alike` are tensors of layers that have been judged, by what decides it (`assign`).
     """
 
     seats: tuple[Seat, ...]
@@ -43,6 +43,7 @@ class Group:
     module: str | None = None
     layers: int | None = None
     values: dict[float, Mapping[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    alike: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def is_base(self, seat: Seat) -> bool:
         """A listed base is no source; the base model's other layers are."""
@@ -56,8 +57,7 @@ class Group:
         return sources if self.base is None else (self.base, *sources)
 
 
-@dataclass(frozen=True)
-class Outlined:
+class Outlined(NamedTuple):
     """One output tensor: its name, what it is, and under which name each of `group.everyone` has it (None: not at all).
 
     `asked` has, for each of `group.seats`, the name that filters of its parameters see: the output's, in the layer that
@@ -214,8 +214,8 @@ class _Builder:
                     continue
                 if name in member.duplicates and not any(other.owns(name, member) for other in taking_part):
                     continue
-                found = tuple((seat, seat.member.find(name, member)) for seat in group.everyone)
-                used.update((seat.member, stored) for seat, stored in found)
+                found = tuple([(seat, seat.member.find(name, member)) for seat in group.everyone])
+                used.update([(seat.member, stored) for seat, stored in found])
                 yield name, meaning, member, found
 
     def _sliced(self, groups: list[Group]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import yaml
@@ -99,10 +100,11 @@ def _licence(licensing: Licensing) -> list[str]:
 def _sources(plan: Plan, refs: Sequence[ModelRef], base: ModelRef | None) -> list[str]:
     """A table of the models in the order of the plan's: what each was used as, and in how many of the tensors."""
     lines = ["| model | used as | tensors |", "|---|---|---|"]
+    sources = Counter(index for job in plan.jobs for index in {source.model for source in job.sources})
+    bases = Counter(job.base.model for job in plan.jobs if job.base is not None)
     for index, model in enumerate(plan.models):  # the recipe's models first, then those that plugins named
         ref = refs[index] if index < len(refs) else None
-        merged = sum(any(source.model == index for source in job.sources) for job in plan.jobs)
-        under = sum(job.base is not None and job.base.model == index for job in plan.jobs)
+        merged, under = sources[index], bases[index]
         roles = ["base"] if under or (ref is not None and ref == base) else []
         roles += ["source"] if merged else []
         roles += ["tokenizer"] if index == plan.tokenizer_donor and len(plan.models) > 1 else []

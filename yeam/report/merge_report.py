@@ -12,8 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from yeam import indented
 from yeam._version import __version__
-from yeam.planning.jobs import Input, Plan, StagePlan
+from yeam.planning.jobs import Plan, StagePlan
 from yeam.report.injected import injected_findings
 from yeam.report.stepped import stepped_notes
 from yeam.transfer.moved import moved_updates
@@ -49,10 +50,19 @@ class MergeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types; NaN and Inf, which JSON has no word for, are None."""
-        plain: dict[str, Any] = finite(
-            {**{each.name: getattr(self, each.name) for each in fields(self)}, "out": str(self.out)}
-        )
+        plain: dict[str, Any] = finite(self._fields())
         return plain
+
+    def to_json(self) -> str:
+        """The text of `yeam_report.json`: what `to_dict` gives."""
+        try:
+            text = indented.dumps(self._fields(), 1, allow_nan=False)
+        except ValueError:  # NaN or Inf: rare, and looking for them takes as long as writing
+            text = indented.dumps(self.to_dict(), 1)
+        return text + "\n"
+
+    def _fields(self) -> dict[str, Any]:
+        return {**{each.name: getattr(self, each.name) for each in fields(self)}, "out": str(self.out)}
 
 
 def build_report(
@@ -88,9 +98,10 @@ def read_report(out: Path) -> MergeReport:
 
 
 def _tensors(plan: Plan, finished: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    tensors = []
+    tensors, files = [], [shard.file for shard in plan.shards]
+    labels = [f"{model.label}: " for model in plan.models]
     for job in plan.jobs:
-        entry = finished[job.name]
+        entry, base = finished[job.name], job.base
         tensors.append(
             {
                 "name": job.name,
@@ -99,9 +110,9 @@ def _tensors(plan: Plan, finished: Mapping[str, Mapping[str, Any]]) -> list[dict
                 "role": job.role,
                 "layer": job.layer,
                 "method": job.method,
-                "sources": [_named(plan, source) for source in job.sources],
-                "base": _named(plan, job.base) if job.base is not None else None,
-                "file": plan.shards[job.shard].file,
+                "sources": [labels[source.model] + source.tensor for source in job.sources],
+                "base": labels[base.model] + base.tensor if base is not None else None,
+                "file": files[job.shard],
                 "xxh3": entry["xxh3"],
                 **entry["facts"],
             }
@@ -125,10 +136,6 @@ def _stage(stage: StagePlan, finished: Mapping[str, Mapping[str, Any]]) -> dict[
     }
 
 
-def _named(plan: Plan, source: Input) -> str:
-    return f"{plan.models[source.model].label}: {source.tensor}"
-
-
 def _totals(plan: Plan, tensors: list[dict[str, Any]]) -> dict[str, Any]:
     totals: dict[str, Any] = {
         "tensors": len(plan.jobs),
@@ -136,7 +143,8 @@ def _totals(plan: Plan, tensors: list[dict[str, Any]]) -> dict[str, Any]:
         "bytes": plan.total_bytes,
         "shards": len(plan.shards),
     }
-    noted = [part for tensor in tensors for part in tensor.get("parts", [tensor.get("update", {})])]
+    telling = [tensor for tensor in tensors if "parts" in tensor or "update" in tensor]
+    noted = [part for tensor in telling for part in tensor.get("parts", [tensor.get("update", {})])]
     parts = [part for part in noted if {"update_norms", "agreement", "base_norm", "moved"} <= part.keys()]
     squares = [sum(norm * norm for norm in part["update_norms"]) for part in parts]
     if sum(squares) > 0:
