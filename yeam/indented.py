@@ -1,12 +1,18 @@
-"""JSON with indentation as `json.dumps(…, indent=…)` writes it, many times as fast: the standard encoder is compiled without it only.
+"""JSON with indentation as `json.dumps(…, indent=…)` writes it, twice as fast: the standard encoder is compiled only without it.
 
-Legend: N bytes of the compact text, B breaks of lines, M bytes of the result.
+Legend: P places of brackets, commas and quotes, B breaks of lines, N bytes of the compact text, M bytes of the result.
 """
 
 from __future__ import annotations
 
 import json
 from typing import Any
+
+_OPEN, _CLOSE, _COMMA, _QUOTE = 1, 2, 3, 4
+_MARKS = bytes.maketrans(
+    bytes(range(256)), bytes({"{": 1, "[": 1, "}": 2, "]": 2, ",": 3, '"': 4}.get(chr(i), 0) for i in range(256))
+)
+_SPACE, _BREAK = b" \n"
 
 
 def dumps(value: Any, indent: int, **options: Any) -> str:
@@ -18,28 +24,29 @@ def dumps(value: Any, indent: int, **options: Any) -> str:
     plain = raw
     if b"\\" in raw:  # as long, but every quote that is left begins or ends a string
         plain = raw.replace(b"\\\\", b"__").replace(b'\\"', b"__")
-    text_N, plain_N = np.frombuffer(raw, np.uint8), np.frombuffer(plain, np.uint8)
-    steps = np.zeros(256, np.int8)  # what a byte outside of strings does to the depth
-    steps[list(b"{[")], steps[list(b"}]")] = 1, -1
-    breaks = steps != 0  # bytes that a break may stand beside
-    breaks[ord(",")] = True
-    quoted_N = np.cumsum(plain_N == ord('"'), dtype=np.uint8) & 1
-    at_B = np.flatnonzero(breaks[plain_N] & (quoted_N == 0))
-    step_B = steps[plain_N[at_B]]
-    depth_B = np.cumsum(step_B, dtype=np.int64)
-    opens_B, closes_B = step_B > 0, step_B < 0
-    empty_B = opens_B[:-1] & closes_B[1:] & (at_B[1:] == at_B[:-1] + 1)
-    kept_B = ~(np.append(empty_B, False) | np.append(False, empty_B)) if len(at_B) else opens_B
+    marked_N = np.frombuffer(plain.translate(_MARKS), np.int8)
+    at_P = np.flatnonzero(marked_N)
+    mark_P = marked_N[at_P]
+    is_quote_P = mark_P == _QUOTE
+    kept_P = (np.cumsum(is_quote_P, dtype=np.uint8) & 1 == 0) & ~is_quote_P
+    at_B, mark_B = at_P[kept_P], mark_P[kept_P]
+    opens_B, closes_B = mark_B == _OPEN, mark_B == _CLOSE
+    depth_B = np.cumsum(opens_B.view(np.int8) - closes_B.view(np.int8), dtype=np.int64)
+    if len(at_B):  # nothing goes into what is empty
+        empty_B = opens_B[:-1] & closes_B[1:] & (at_B[1:] == at_B[:-1] + 1)
+        kept_B = ~(np.append(empty_B, False) | np.append(False, empty_B))
+        at_B, closes_B, depth_B = at_B[kept_B], closes_B[kept_B], depth_B[kept_B]
     # a break stands before what closes and after all else, and as deep as things are from there on
-    before_B = (at_B + ~closes_B)[kept_B]
-    length_B = 1 + indent * depth_B[kept_B]
-    end_B = before_B + np.cumsum(length_B)
-    size = len(raw) + int(length_B.sum())
-    edge_M = np.zeros(size + 1, np.int8)
-    edge_M[end_B - length_B] = 1
-    edge_M[end_B] -= 1
-    is_break_M = np.cumsum(edge_M[:-1], dtype=np.int8).view(bool)
-    found_M = np.full(size, ord(" "), np.uint8)
-    found_M[~is_break_M] = text_N
-    found_M[end_B - length_B] = ord("\n")
+    length_B = 1 + indent * depth_B
+    begin_B = at_B + ~closes_B + np.cumsum(length_B) - length_B
+    found_M = np.full(len(raw) + int(length_B.sum()), _SPACE, np.uint8)
+    is_text_M = np.ones(len(found_M), bool)
+    column, begin, length = 0, begin_B, length_B
+    while len(begin):
+        is_text_M[begin + column] = False
+        column += 1
+        deeper = length > column
+        begin, length = begin[deeper], length[deeper]
+    found_M[is_text_M] = np.frombuffer(raw, np.uint8)
+    found_M[begin_B] = _BREAK
     return found_M.tobytes().decode()

@@ -50,9 +50,11 @@ class Descriptors:
             self._shrink(0)
 
     def _shrink(self, limit: int) -> None:
-        idle = [path for path, entry in self._open.items() if not entry.users]
-        for path in idle[: max(0, len(self._open) - limit)]:
-            os.close(self._open.pop(path).fd)
+        excess = len(self._open) - limit
+        if excess > 0:
+            idle = [path for path, entry in self._open.items() if not entry.users]
+            for path in idle[:excess]:
+                os.close(self._open.pop(path).fd)
 
 
 def _open(path: Path, length: int) -> int:

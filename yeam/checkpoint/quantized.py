@@ -41,7 +41,8 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     What counts are the tensors; a `quantization_config` over plain weights is only dropped from `config`, with a note.
     """
     _refuse(checkpoint)
-    scales = {name: scale for name in checkpoint.tensors if (scale := _scale_of(name, checkpoint.tensors)) is not None}
+    small = [name for name, info in checkpoint.tensors.items() if info.dtype in _FLOAT8]
+    scales = {name: scale for name in small if (scale := _scale_of(name, checkpoint.tensors)) is not None}
     if scales:
         return DequantizedCheckpoint(checkpoint, scales)
     if any("quantization_config" in table for table in _configs(checkpoint.config)):
@@ -186,8 +187,6 @@ def _multiply(tile: torch.Tensor, scale: torch.Tensor, scaling: _Scaling, shape:
 
 
 def _scale_of(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
-    if tensors[name].dtype not in _FLOAT8:
-        return None
     candidates = [f"{name}_scale_inv", f"{name}_scale"]
     if name.endswith(".weight"):
         candidates.append(name.removesuffix("weight") + "scale")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.dtypes import DTYPES
@@ -30,14 +30,22 @@ _KIND = attrgetter(
 )  # of a job, with what it reads: what it takes in memory
 
 
-def tile_for(plan: Plan, checkpoints: Sequence[Checkpoint], device: Device, memory: int) -> int:
-    """The elements of the plan's tiles, whatever part of it is to be done. Raises UserError where a job cannot fit into `memory`."""
-    return lanes_for(plan.jobs, checkpoints, device, memory)[1]
+class Fit(NamedTuple):
+    """How a plan is worked on within a budget of memory, whatever part of it is to be done.
+
+    `lanes` jobs run at a time; `tile` are the elements of a tile, fewer than usual where many sources would not fit; `keeps` the bytes
+    that each lane may keep of what it reads; `most` the most that one keeps and its method holds.
+    """
+
+    lanes: int
+    tile: int
+    keeps: int
+    most: int
 
 
 def check_memory(plan: Plan, checkpoints: Sequence[Checkpoint], device: Device, memory: int) -> None:
     """Raise UserError when a job of the plan cannot fit into `memory` bytes, as `run` would."""
-    lanes_for(plan.jobs, checkpoints, device, memory)
+    fit(plan.jobs, checkpoints, device, memory)
 
 
 def costs_of(plan: Plan, checkpoints: Sequence[Checkpoint], memory: int) -> dict[str, Any]:
@@ -107,17 +115,14 @@ def _is_streamed(checkpoints: Sequence[Checkpoint], source: Input) -> bool:
     return bool(getattr(checkpoints[source.model], "streamed", False))
 
 
-def lanes_for(
-    todo: Sequence[Job], checkpoints: Sequence[Checkpoint], device: Device, memory: int
-) -> tuple[int, int, int, int]:
-    """How many jobs run at a time; the elements of a tile, fewer than usual where many sources would not fit; the bytes that each may keep
-    of what it reads; and the most that it keeps and its method holds."""
+def fit(todo: Sequence[Job], checkpoints: Sequence[Checkpoint], device: Device, memory: int) -> Fit:
+    """How the jobs fit into `memory` bytes. Raises UserError where one cannot."""
     count, todo = len(todo), _unlike(todo, checkpoints)
     available = memory - anonymous_bytes() - _to_import(todo, checkpoints)
     tile = _ample_tile(todo, checkpoints) if device.type == "cpu" else _device_tile(todo, checkpoints, device)
     largest = max(todo, key=lambda job: job.resident, default=None)
     if largest is None:
-        return 1, tile, 0, 0
+        return Fit(1, tile, 0, 0)
     resident = largest.resident if device.type == "cpu" else 0
     while True:
         tiles = max(tile_bytes(job, checkpoints, tile) for job in todo)
@@ -132,11 +137,12 @@ def lanes_for(
             + (", or `frames: none`" if "frames" in largest.parameters else ""),
         )
     if device.type == "cuda":
-        return 1, tile, 0, largest.resident
+        return Fit(1, tile, 0, largest.resident)
     lanes = _lane_count(count, available, tiles, resident, cores())
     kept = [kept_bytes(job, checkpoints, tile) for job in todo]
     keeps = max(0, min(max(kept), available // lanes - tiles - resident))
-    return lanes, tile, keeps, max(job.resident + (own if own <= keeps else 0) for job, own in zip(todo, kept))
+    most = max(job.resident + (own if own <= keeps else 0) for job, own in zip(todo, kept))
+    return Fit(lanes, tile, keeps, most)
 
 
 def _ample_tile(jobs: Sequence[Job], checkpoints: Sequence[Checkpoint]) -> int:

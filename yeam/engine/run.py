@@ -23,7 +23,7 @@ import xxhash
 from yeam.checkpoint.base import Checkpoint
 from yeam.checkpoint.dtypes import DTYPES
 from yeam.compiled import KINDS, Deferred, Result, array, is_compiled, settled, tensor
-from yeam.engine.budget import lanes_for
+from yeam.engine.budget import Fit, fit
 from yeam.engine.bundle import Made, bundles, computed, taken
 from yeam.engine.checks import check_finite, checked_square, culprit
 from yeam.engine.copying import copied
@@ -70,6 +70,7 @@ def run(
     memory: int,
     listener: Listener | None = None,
     tile: int | None = None,
+    fits: Fit | None = None,
     jobs: Sequence[Job] | None = None,
     watch: Callable[[], None] | None = None,
     neighbours: int = 1,
@@ -77,10 +78,10 @@ def run(
 ) -> float:
     """Carry out every job of the plan that the output does not hold yet; returns the seconds that it took.
 
-    memory: bytes of anonymous memory for the whole process. tile: elements, if not `tile_for` the plan. Of several processes each is
-    given the `jobs` that are its own, the number of `neighbours` on this machine with itself, a `pool` for sums over the model, and
-    `watch`, which is called several times a second and may raise to end the run. What is computed depends neither on them nor on how
-    many lanes there are.
+    memory: bytes of anonymous memory for the whole process. tile: elements, if not those that fit. fits: how the plan fits into the
+    memory, where the caller has found it out. Of several processes each is given the `jobs` that are its own, the number of `neighbours`
+    on this machine with itself, a `pool` for sums over the model, and `watch`, which is called several times a second and may raise to
+    end the run. What is computed depends neither on them nor on how many lanes there are.
     Raises UserError before any work when a job cannot fit into the memory, CheckpointError for NaN or Inf in a source (unless
     `plan.allow_nan`) and for inputs that fail while read, OutputError for the disk. On an error or an interrupt the output keeps what
     is finished.
@@ -90,7 +91,7 @@ def run(
     todo = [job for job in plan.jobs if job.name not in output.finished]
     if jobs is not None:
         todo = [job for job in jobs if job.name not in output.finished]
-    lanes, fitting, keeps, most = lanes_for(plan.jobs, checkpoints, device, memory)
+    lanes, fitting, keeps, most = fit(plan.jobs, checkpoints, device, memory) if fits is None else fits
     tile = fitting if tile is None else tile
     alone = device.type == "cpu" and len(todo) >= MANY and sum(job.numel for job in todo) < SMALL * len(todo)
     lanes = 1 if alone else max(1, min(lanes, len(todo), cores() // neighbours))
@@ -237,7 +238,7 @@ class _Crew:
 
     def _on_the_cpu(self, job: Job) -> Lane:
         """A lane for a job that does not fit on the device. Raises UserError where it does not fit into the memory either."""
-        _, tile, *_ = lanes_for([job], self._checkpoints, CPU, self._memory)
+        tile = fit([job], self._checkpoints, CPU, self._memory).tile
         if self._spare is None:  # there is one lane on CUDA, so nobody else makes it at the same time
             self._spare = Lane(CpuStage(), tile, self._halt, threads=True, set_up=self._torch_threads.set_up)
         self._spare.tile_elements = tile

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from yeam.checkpoint.base import Checkpoint
-from yeam.engine.budget import tile_for
+from yeam.engine.budget import fit
 from yeam.engine.device import Device
 from yeam.engine.journal import Journal
 from yeam.engine.output import LOCK, RANK_JOURNAL, Filling, Output
@@ -100,10 +100,11 @@ def run_together(
     listener: Listener | None = None,
 ) -> float:
     """`run`, with the jobs shared out among the ranks. When it returns in rank 0, the output holds and knows of all of them."""
+    fits = fit(plan.jobs, checkpoints, device, memory)
     if isinstance(output, Output):
-        tile = output.settle(tile_for(plan, checkpoints, device, memory))
+        tile = output.settle(fits.tile)
     if not isinstance(ranks, Ranks):
-        return run(plan, checkpoints, output, device=device, memory=memory, listener=listener, tile=tile)
+        return run(plan, checkpoints, output, device=device, memory=memory, listener=listener, tile=tile, fits=fits)
     if isinstance(output, Output):
         ranks.tell(f"{output.key}/tile", tile)
     else:
@@ -120,6 +121,7 @@ def run_together(
         memory=memory,
         listener=shown,
         tile=tile,
+        fits=fits,
         jobs=mine,
         watch=ranks.check,
         neighbours=ranks.neighbours,

@@ -33,7 +33,7 @@ class Modules:
         text = [p for p in prefixes if not _tower(p)]
         sides = {found.group(2) for p in text if (found := _SIDE.search(p))}
         self.kind: Kind = "plain"
-        if text and any(_tower(name) for name in names):
+        if text and any(map(_tower, {word for name in names for word in name.split(".")})):
             self.kind = "multimodal"
         elif sides == {"encoder", "decoder"} or (config.get("is_encoder_decoder") is True and sides):
             self.kind = "two-sided"

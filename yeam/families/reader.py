@@ -120,7 +120,7 @@ def _look_up(sites: Mapping[str, str], rest: str) -> tuple[str, bool] | None:
 def find_base(family: Family, names: Iterable[str]) -> tuple[str, int]:
     """The prefix of the base model here (`model.`, ``, `language_model.model.`), and how many names fit it."""
     votes: dict[str, int] = {}
-    outer = {**family.pre, **family.post}
+    outer = tuple(f"{path}.weight" for path in {**family.pre, **family.post})
     stacks = [
         (re.compile(rf"((?:.*\.)?){re.escape(path)}\.\d+\.(.+)$"), sites, dict[str, bool]())
         for path, sites in family.stacks.items()
@@ -135,8 +135,8 @@ def find_base(family: Family, names: Iterable[str]) -> tuple[str, int]:
                 fits[rest] = _look_up(sites, rest) is not None
             if fits[rest]:
                 votes[prefix] = votes.get(prefix, 0) + 1
-        for path in outer:
-            if name.endswith(f"{path}.weight") and (prefix := name[: -len(path) - 7])[-1:] in ("", "."):
+        for path in outer if name.endswith(outer) else ():
+            if name.endswith(path) and (prefix := name[: -len(path)])[-1:] in ("", "."):
                 votes[prefix] = votes.get(prefix, 0) + 1
     towers = re.compile(r"vision|visual|image|audio|speech")
     if any(not towers.search(prefix) for prefix in votes):

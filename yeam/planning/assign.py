@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from yeam.checkpoint.dtypes import DTYPES, dtype_named
@@ -24,35 +25,49 @@ def job_of(loaded: LoadedRecipe, method: Method, outlined: Outlined, donor: Memb
     Constants and tensors of integers are copied from the first model. Raises CheckpointError where a model lacks the
     tensor or has it in another shape, ConfigError for a number of sources or parameters that the method cannot use.
     """
-    owners = [(seat, name) for seat, name in outlined.found if name is not None]
+    group, owners = outlined.group, [(seat, name) for seat, name in outlined.found if name is not None]
+    kind, in_layer = _kind(outlined, owners), outlined.layer is not None
+    alike: _Alike | None = group.alike.get((kind, outlined.t))
+    if alike is not None and in_layer:  # as almost all of many tensors
+        return alike.job_of(outlined, owners)
     if outlined.meaning.role == "buffer":
         return _copy(owners[0], outlined) if owners and owners[0] == outlined.found[0] else None
     if len(owners) < len(outlined.found):
         raise _absent(loaded, outlined, owners)
-    kind, known = _kind(outlined, owners), outlined.group.alike
-    if kind not in known:
-        _check_shapes(loaded, outlined, owners, donor)
-        if owners[0][0].member.info(owners[0][1]).storage.is_float:
-            _check_count(loaded, method, outlined.group)
-        if outlined.layer is not None:  # the donor's own tensor has a say in the others
-            known[kind] = None
     first, name = owners[0]
-    if not first.member.info(name).storage.is_float:
+    is_float = first.member.info(name).storage.is_float
+    if kind not in group.fitting:
+        _check_shapes(loaded, outlined, owners, donor)
+        if is_float:
+            _check_count(loaded, method, group)
+        if in_layer:  # the donor's own tensor has a say in the others
+            group.fitting.add(kind)
+    if not is_float:
         return _copy(owners[0], outlined)
     values = _parameters(loaded, method, outlined)
-    key = kind, repr(values) if outlined.group.resolver.is_filtered else outlined.t
-    alike = known.get(key)
+    key = kind, repr(values) if group.resolver.is_filtered else outlined.t
+    alike = group.alike.get(key)
     if alike is None:
-        alike = known[key] = _first_of(loaded, method, outlined, owners, values)
-    job, taken = alike
-    inputs = [Input(seat.member.index, name) for seat, name in owners]
-    return altered(
-        job,
-        name=outlined.name,
-        sources=tuple([inputs[k] for k in taken]),
-        base=inputs[0] if job.base is not None else None,
-        layer=outlined.layer,
-    )
+        alike = group.alike[key] = _first_of(loaded, method, outlined, owners, values)
+    return alike.job_of(outlined, owners)
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """The first job of those that differ in names and layers only, and which of a tensor's owners are its sources."""
+
+    first: Job
+    taken: tuple[int, ...]
+
+    def job_of(self, outlined: Outlined, owners: Sequence[Owner]) -> Job:
+        inputs = [Input(seat.member.index, name) for seat, name in owners]
+        return altered(
+            self.first,
+            name=outlined.name,
+            sources=tuple([inputs[k] for k in self.taken]),
+            base=inputs[0] if self.first.base is not None else None,
+            layer=outlined.layer,
+        )
 
 
 def _kind(outlined: Outlined, owners: Sequence[Owner]) -> tuple[Any, ...]:
@@ -62,13 +77,13 @@ def _kind(outlined: Outlined, owners: Sequence[Owner]) -> tuple[Any, ...]:
 
 def _first_of(
     loaded: LoadedRecipe, method: Method, outlined: Outlined, owners: Sequence[Owner], values: Mapping[str, Any]
-) -> tuple[Job, Sequence[int]]:
-    """The job of the first tensor of a kind, and which of its owners are the sources."""
+) -> _Alike:
+    """The job of the first tensor of a kind with these parameters."""
     first, name = owners[0]
     info = first.member.info(name)
     dtype = _output_dtype(loaded, first.member.natural_dtype(name))
     if method.name == "passthrough" and values["scale"] == (None,) and info.dtype == dtype:
-        return _copy(owners[0], outlined), (0,)
+        return _Alike(_copy(owners[0], outlined), (0,))
     start = 0 if outlined.group.base is None else 1
     chosen: Sequence[int] = range(start, len(owners))
     if method.check is not None:
@@ -101,7 +116,8 @@ def _first_of(
         layer=outlined.layer,
         resident=resident_bytes(method, info.shape, len(sources), values, work),
     )
-    return job, tuple(chosen)
+    assert job.nbytes >= 0  # asked for once, and known of all that are made from it
+    return _Alike(job, tuple(chosen))
 
 
 def _settled(method: Method, count: int, values: Mapping[str, Any]) -> tuple[Sequence[int], dict[str, Any]]:

@@ -33,7 +33,8 @@ class Group:
     """The models that are merged over the same output tensors: every entry of the recipe, and the method's base.
 
     `layers` is the depth of a slice, None for whole models. `values` are the parameters known so far by the place along
-    gradients, where that decides them; `alike` are tensors of layers that have been judged, by what decides it (`assign`).
+    gradients, where that decides them. `fitting` and `alike` are what `assign` knows: kinds of tensors that fit each other,
+    and a job for all that differ in names only.
     """
 
     seats: tuple[Seat, ...]
@@ -43,6 +44,7 @@ class Group:
     module: str | None = None
     layers: int | None = None
     values: dict[float, Mapping[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    fitting: set[Any] = field(default_factory=set, repr=False, compare=False)
     alike: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def is_base(self, seat: Seat) -> bool:
