@@ -32,6 +32,7 @@ def test_modules_of_sentence_transformers(tmp_path: Path, llama: Llama, recipe: 
         ("3_link", "Dense"),
     ]
     modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in listed]
+    modules.append({"path": "2_Dense", "type": "a_package.models.Dense"})
     (b / "config_of_b.json").write_text("{}")
     (a / "3_link").symlink_to(b)
     for name in ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "1_Pooling/notes.md",
@@ -45,7 +46,10 @@ def test_modules_of_sentence_transformers(tmp_path: Path, llama: Llama, recipe: 
         "2_Dense/config.json", "2_Dense/model.safetensors",
     }  # fmt: skip
     assert [note for note in report.notes if "not merged" in note and "2_Dense/model.safetensors" in note]
-    assert yeam.verify(tmp_path / "out").ok
+    assert not [note for note in report.notes if "Python code" in note]
+    problems = yeam.verify(tmp_path / "out").problems
+    wanted = ("'../b', which is not in", "3_link: is missing", "2_Dense/model.safetensors: ")
+    assert len(problems) == 3 and all(words in problem for words, problem in zip(wanted, problems))
     assert "\nlibrary_name: sentence-transformers\n" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -74,6 +74,17 @@ def unknown(out: Path) -> None:
     edit(out / "config.json", lambda config: config.update(model_type="nothing", architectures=["No"]))
 
 
+def name_module(out: Path, path: str, kind: str = "sentence_transformers.models.Dense") -> None:
+    (out / "modules.json").write_text(json.dumps([{"path": "", "type": "st.T"}, {"path": path, "type": kind}]))
+    (out / "st.py").touch()
+
+
+def cut_module(out: Path) -> None:
+    name_module(out, "2_Dense")
+    (out / "2_Dense").mkdir()
+    (out / "2_Dense" / "model.safetensors").write_bytes(shard_of(out, UP).read_bytes()[:99])
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a flipped bit": (flip, "checksums", "its bytes are not those that the merge wrote"),
     "NaN": (lambda out: rewrite(out, UP, torch.full((32, 16), math.nan)), "numbers", f"{UP}: holds nan at element 0"),
@@ -92,6 +103,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a report that lists more": (
         lambda out: edit(out / "yeam_report.json", lambda r: r["tensors"].append({**r["tensors"][0], "name": "more"})),
         "report", "lists 'more'",
+    ),
+    "a lost module": (lambda out: name_module(out, "1_Pooling"), "files", "1_Pooling: is missing, and modules.json names it: copy it"),
+    "a module elsewhere": (lambda out: name_module(out, "../a"), "files", "names '../a', which is not in the folder"),
+    "a cut module": (cut_module, "files", "2_Dense/model.safetensors: "),
+    "a module's lost code": (lambda out: name_module(out, "", "own_st.Dense"), "files", "own_st.py: is missing, and modules.json"),
+    "lost code": (
+        lambda out: edit(out / "config.json", lambda config: config.update(auto_map={"AutoModel": "modeling_own.M"})),
+        "files", "modeling_own.py: is missing, and config.json names it: copy it",
     ),
     "unequal ties": (tie, "ties", "both are stored and differ"),
     "a lost head": (drop_head, "ties", "no lm_head.weight in the file"),

@@ -380,7 +380,8 @@ def verify(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Check a model folder: index, shards, checksums against its report, NaN and Inf, ties; with `load` that transformers takes it all.
+    """Check a model folder: index, shards, checksums against its report, NaN and Inf, ties, missing modules and code; with `load` that
+    transformers takes it all.
 
     Folders that YeAM did not write have no checksums to compare with; the rest is checked. progress: called with (bytes read, bytes in
     all). The result says what is wrong (`ok`, `problems`). Raises UserError where there is no such folder.

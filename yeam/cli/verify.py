@@ -24,7 +24,7 @@ def verify(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Check a model folder: index, shards, checksums against its report, NaN and Inf, ties. Status 2 if something is wrong.
+    """Check a model folder: index, shards, checksums against its report, NaN, ties, modules and code. Status 2 if something is wrong.
 
     Example: yeam verify merged/quickstart --load
     """

@@ -53,9 +53,9 @@ def parsed(source: Path | str) -> Any:
 
 
 def _is_own(module: Any) -> bool:
-    """Whether an entry of modules.json is a class of the model's own."""
+    """Whether an entry of modules.json is a class of the model's own: `file.Class`, where packages have deeper names."""
     kind = module.get("type") if isinstance(module, Mapping) else None
-    return isinstance(kind, str) and not kind.startswith(_BUILT_IN) and "--" not in kind and "." in kind
+    return isinstance(kind, str) and not kind.startswith(_BUILT_IN) and "--" not in kind and kind.count(".") == 1
 
 
 def _placed(value: Any, home: str) -> Any:

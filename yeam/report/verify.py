@@ -18,6 +18,7 @@ from yeam.engine.memory import cores
 from yeam.errors import CheckpointError, UserError
 from yeam.families import Anatomy, describe
 from yeam.families.ties import resolve_ties
+from yeam.report.companions import companion_problems
 from yeam.report.finite import not_finite_in
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _json_files(folder: Path) -> Check:
             problems.append(error.message)
     if "config.json" not in names:
         problems.append(f"{folder / 'config.json'}: is missing, so nothing can load the model by its folder")
-    return Check("files", f"{len(names)} JSON files", tuple(problems))
+    return Check("files", f"{len(names)} JSON files", (*problems, *companion_problems(folder)))
 
 
 def _shards(folder: Path, checkpoint: Checkpoint) -> Check:
