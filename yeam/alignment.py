@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from yeam.arguments import checked
 from yeam.errors import UserError
 
 if TYPE_CHECKING:
     from yeam.transfer.report import AlignmentReport
 
 
+@checked
 def align(
     host: str | os.PathLike[str],
     source: str | os.PathLike[str],
@@ -25,8 +27,11 @@ def align(
     host, source, judge: references as in a recipe. judge, stream: as in the plugin `align`. options: those of `yeam.merge`.
     Raises what `yeam.merge` raises; CheckpointError for models of different shape, or of a family whose symmetries are not known.
     """
+    from yeam.plugins.align import STREAMS
     from yeam.recipe import ModelRef
 
+    if stream not in STREAMS:
+        raise UserError(f"stream is {stream!r}", f"give one of {', '.join(STREAMS)}")
     if ModelRef.parse(os.fspath(host)) == ModelRef.parse(os.fspath(source)):
         raise UserError(f"{os.fspath(source)} is both the host and the source", "name two models")
     if out is None:

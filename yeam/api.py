@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yeam.arguments import checked
 from yeam.errors import ConfigError, UserError
 from yeam.recipe import LoadedRecipe, MergeRecipe, load_recipe, parse_size
 
@@ -33,6 +34,7 @@ RecipeSource = (
 Texts = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
+@checked
 def merge(
     config: RecipeSource,
     out: str | os.PathLike[str] | None = None,
@@ -111,6 +113,7 @@ def merge(
     return report if place is None else _pushed(report, place)
 
 
+@checked
 def push(
     folder: str | os.PathLike[str],
     repo: str,
@@ -225,6 +228,7 @@ def _facts(plan: Plan, target: Path, device: str) -> dict[str, Any]:
     }
 
 
+@checked
 def plan(
     config: RecipeSource,
     *,
@@ -264,6 +268,7 @@ def plan_costs(config: RecipeSource, **options: Any) -> tuple[Plan, dict[str, An
         return pipeline.plan, costs
 
 
+@checked
 def inspect(model: str | os.PathLike[str]) -> Inspection:
     """What a model is made of: family, roles, shapes, dtypes, coverage. `model` is a reference as in a recipe.
 
@@ -282,6 +287,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         checkpoint.close()
 
 
+@checked
 def evaluate(
     model: str | os.PathLike[str],
     text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -335,6 +341,7 @@ def evaluate(
     return found
 
 
+@checked
 def compare(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
@@ -373,6 +380,7 @@ def compare(
     )
 
 
+@checked
 def verify(
     out: str | os.PathLike[str],
     *,
@@ -438,8 +446,6 @@ def _planned(loaded: LoadedRecipe, shard_size: int | str | None, allow_nan: bool
     from yeam.planning.stages import Pipeline
 
     size = None if shard_size is None else parse_size(shard_size)
-    if size is not None and size < 1:
-        raise UserError(f"a shard size of {shard_size} cannot hold anything", "give a positive size such as 5GB")
     pipeline = Pipeline(loaded, shard_size=size, allow_nan=allow_nan)
     try:
         yield pipeline

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yeam.arguments import check_arguments, checked
 from yeam.engine.ranks_store import place_here
 from yeam.errors import UserError
 
@@ -38,6 +39,7 @@ def inject_recipe(
     }
 
 
+@checked
 def inject(
     target: Reference,
     sources: Sequence[Source] | Source,
@@ -68,6 +70,7 @@ def inject(
     settings = {name: options.pop(name) for name in OPTIONS if name in options}
     recipe = inject_recipe(target, sources, base, **settings)
     folder = Path(out) if out is not None else Path(f"{Path(os.fspath(target)).name}-injected")
+    check_arguments(merge, recipe, folder, **options)
     if distill is None:
         with of_no_recipe():
             return merge(recipe, folder, **options)

@@ -41,8 +41,6 @@ def align(
     with handled(debug, as_json):
         if report_only == (out is not None):
             raise UserError("give --out FOLDER, or --report-only", "one of the two")
-        if stream not in ("auto", "rotation", "permutation"):
-            raise UserError(f"--stream {stream}: is not one of auto, rotation, permutation")
         options = {} if out is None else {"memory": memory, "overwrite": overwrite}
         report = alignment.align(host, source, out, judge=judge, stream=stream, **options)
         if plot is not None:

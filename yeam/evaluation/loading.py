@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yeam.arguments import check_dtype
 from yeam.checkpoint.folder import listed
 from yeam.engine.memory import available_bytes
 from yeam.errors import CheckpointError, UserError, YeamError
@@ -128,10 +129,9 @@ def place(sources: Sequence[Source], dtype: str, device: str, memory: int | None
 def _dtype(name: str, source: Source, device: torch.device) -> torch.dtype:
     import torch
 
+    check_dtype(name)
     if name != "auto":
-        dtype = getattr(torch, name.removeprefix("torch."), None)
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise UserError(f"unknown dtype {name!r}", "use auto, float32, bfloat16 or float16")
+        dtype = getattr(torch, name.removeprefix("torch."))
         assert isinstance(dtype, torch.dtype)
         return dtype
     if device.type == "cpu" or not source.weights:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from yeam.errors import UserError
 from yeam.evaluation.folders import loadable
 from yeam.evaluation.loading import Loaded, load, place, quiet
 from yeam.evaluation.passes import Listener, Meter, SideBySide, Track
 from yeam.evaluation.results import Against, Evaluation, Scores, scores_of
 from yeam.evaluation.texts import read_documents
 from yeam.evaluation.tokens import context_of, tokenized
+from yeam.evaluation.windows import check_windows
 from yeam.report.merge_report import versions
 
 
@@ -36,7 +36,7 @@ def run(
     listener: Listener | None,
 ) -> Evaluation:
     """`yeam.evaluate`, with every option resolved; see there."""
-    _check(stride, context, batch)
+    check_windows(stride, context, batch)
     documents = read_documents(text, wikitext2=wikitext2)
     started = time.monotonic()
     with ExitStack() as stack:
@@ -91,20 +91,6 @@ def run(
             notes=tuple(dict.fromkeys(notes)),
             versions=versions(),
         )
-
-
-def _check(stride: int, context: int | None, batch: int | None) -> None:
-    if stride < 1:
-        raise UserError(f"a stride of {stride} tokens does not advance", "give a stride of at least 1")
-    if context is not None and context < 1:
-        raise UserError(f"a context of {context} tokens holds nothing", "give a context of at least 1")
-    if context is not None and stride > context:
-        raise UserError(
-            f"a stride of {stride} is longer than the context of {context}: tokens would be left out",
-            "give a stride that is at most the context",
-        )
-    if batch is not None and batch < 1:
-        raise UserError(f"a batch of {batch} rows holds nothing", "give a batch of at least 1")
 
 
 def _against(model: Track, loaded: Loaded, scores: Scores, track: Track) -> Against:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from yeam.errors import UserError
+
 
 @dataclass(frozen=True)
 class Window:
@@ -61,3 +63,18 @@ def batches_of(windows: Sequence[Window], rows: int, most_kept: int) -> list[lis
 def kept_positions(batch: Sequence[Window]) -> int:
     """How many positions at the end of a right-padded batch hold every scored one."""
     return max(w.width for w in batch) - min(w.width - w.scored for w in batch)
+
+
+def check_windows(stride: int | None, context: int | None, batch: int | None) -> None:
+    """Raise UserError for windows that hold nothing, do not advance or leave tokens out; None is the default of each."""
+    if stride is not None and stride < 1:
+        raise UserError(f"a stride of {stride} tokens does not advance", "give a stride of at least 1")
+    if context is not None and context < 1:
+        raise UserError(f"a context of {context} tokens holds nothing", "give a context of at least 1")
+    if context is not None and stride is not None and stride > context:
+        raise UserError(
+            f"a stride of {stride} is longer than the context of {context}: tokens would be left out",
+            "give a stride that is at most the context",
+        )
+    if batch is not None and batch < 1:
+        raise UserError(f"a batch of {batch} rows holds nothing", "give a batch of at least 1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from yeam.errors import ConfigError
 from yeam.planning.jobs import Input, Job, Plan
@@ -12,6 +12,7 @@ from yeam.planning.members import Member
 from yeam.plugins.registry import PluginContext, plugin
 
 Stream = Literal["auto", "rotation", "permutation"]
+STREAMS = get_args(Stream)
 
 
 @plugin("align", references=("to", "models", "judge"))
@@ -35,8 +36,8 @@ def align(
     from yeam.transfer.aligned import AlignedCheckpoint
     from yeam.transfer.body import Body
 
-    if stream not in ("auto", "rotation", "permutation"):
-        raise ConfigError(f"stream: {stream!r} is not one of auto, rotation, permutation")
+    if stream not in STREAMS:
+        raise ConfigError(f"stream: {stream!r} is not one of {', '.join(STREAMS)}")
     host = context.member(to) if to is not None else context.members[plan.donor]
     taking_part = {source.model for job in plan.jobs for source in job.reads}
     if models is None:

@@ -11,7 +11,9 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from yeam.arguments import checked
 from yeam.errors import UserError
+from yeam.evaluation.windows import check_windows
 from yeam.recipe import parse_size
 from yeam.recipe.load import RecipeSource, read_draft
 from yeam.recipe.settings import Scalar
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 _POLL = 0.1  # seconds between looks at what other processes have done
 
 
+@checked
 def search(
     config: RecipeSource,
     text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -73,6 +76,7 @@ def search(
     started = time.monotonic()
     propose = sampler_named(sampler)
     _check_numbers(trials, seed, timeout)
+    check_windows(stride, context, batch)
     space = Space(read_draft(config, overrides))
     baseline = space.filled(space.defaults).checked()
     targets = targets_of(space, baseline, out, storage, plot, overwrite)
