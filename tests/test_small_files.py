@@ -123,3 +123,29 @@ def test_code_of_a_repository(tmp_path: Path, llama: Llama, recipe: Recipe, monk
     assert written["tokenizer_config.json"]["auto_map"] == {"AutoTokenizer": ["org/a--tokenization_own.T", None]}
     assert [entry["type"] for entry in written["modules.json"]] == ["org/a--custom_st.Transformer", modules[1]["type"]]
     assert [note for note in report.notes if "configuration_own.py" in note and "org/a" in note], report.notes
+
+
+def test_weights_of_modules_of_a_repository(tmp_path: Path, llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan tells of them and leaves them on the Hub; a merge brings them, also through a stage."""
+    a, b, dense = llama("a"), llama("b"), "2_Dense/model.safetensors"
+    (a / "2_Dense").mkdir()
+    (a / dense).write_bytes((b / "model.safetensors").read_bytes())
+    (a / "2_Dense" / "config.json").write_text("{}")
+    (a / "modules.json").write_text('[{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]')
+    both = [{"model": str(model), "parameters": {"weight": 1}} for model in ("org/a", b)]
+    recipe = [
+        {"name": "one", "merge_method": "linear", "base_model": "org/a", "models": both},
+        {"merge_method": "passthrough", "models": [{"model": "one"}]},
+    ]
+    server = HubServer({"org/a": Repository(a)}).start()
+    try:
+        point_at(server, monkeypatch, tmp_path / "cache")
+        notes = yeam.plan(recipe[0]).notes
+        yeam.plan(recipe)
+        assert [note for note in notes if dense in note] and "2_Dense/config.json" in [name for _, name in server.sent]
+        assert dense not in [name for _, name in server.sent]
+        yeam.merge(recipe, tmp_path / "out")
+    finally:
+        server.stop()
+    assert (tmp_path / "out" / dense).read_bytes() == (a / dense).read_bytes()
+    assert yeam.verify(tmp_path / "out").ok

@@ -189,6 +189,9 @@ def _carry_out(pipeline: Pipeline, loaded: LoadedRecipe, settings: _Settings, ra
     budget = settings.held + allowed
     if isinstance(ranks, Ranks):
         ranks.agree(_facts(plan, target, chosen.type))
+    if ranks.is_first:
+        for bring in checkpoints[plan.donor].pending.values():  # now rather than when all else is done
+            bring()
     options = {"resume": settings.resume, "overwrite": settings.overwrite, "durable": settings.durable}
     with opened(plan, target, ranks, **options) as output:
         resumed = len(output.finished)

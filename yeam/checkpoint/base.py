@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from yeam.checkpoint.dtypes import DTYPES, DType
@@ -53,6 +54,7 @@ class Checkpoint(ABC):
     `aliases` maps a name that shares its storage with another tensor to that tensor's name; only the latter is in
     `tensors`. `as_stored`: all tensors lie in local files as they are read: no `extent` is None, no `resident_bytes` but 0, no `facts`.
     `apart` are tensors that the config ties to another one though both are stored, with different values.
+    `pending` are files that go along with the model and have not been downloaded: name → what brings one and gives its path.
     `notes` are sentences for the user about what was decided while opening (entries ignored, a missing
     index). Readers are thread-safe: several threads may call `read` at once.
     """
@@ -64,6 +66,7 @@ class Checkpoint(ABC):
     aliases: Mapping[str, str]
     as_stored: bool = False
     apart: frozenset[str] = frozenset()
+    pending: Mapping[str, Callable[[], Path]] = MappingProxyType({})
     notes: list[str]
 
     @property

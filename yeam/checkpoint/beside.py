@@ -6,6 +6,7 @@ The output takes these from a model's folder and nothing else: no weights in ano
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,6 @@ def module_files(folder: Path, modules: Any) -> dict[str, Path]:
     return {name: path for name, path in found.items() if is_module_file(name, paths)}
 
 
-def module_weights(files: dict[str, Path]) -> list[str]:
-    """Those of `module_files` that hold weights."""
+def module_weights(files: Iterable[str]) -> list[str]:
+    """Those of the modules' files that hold weights."""
     return [name for name in files if name.rpartition("/")[2] in _MODULE_WEIGHTS]

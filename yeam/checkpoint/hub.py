@@ -43,6 +43,7 @@ class HubCheckpoint(SafetensorsCheckpoint):
     def __init__(self, reference: str, repository: Repository, headers: Mapping[str, Header], notes: list[str]) -> None:
         super().__init__(reference, repository.folder, headers, notes=notes)
         self.repository = repository
+        self.pending = repository.pending
         self._pieces: dict[str, Piece] = {}
         self._briefly = Descriptors(0)  # a piece may go, and its room with it
 
@@ -168,6 +169,7 @@ class HubPytorchCheckpoint(PytorchCheckpoint):
         listing = read_index(repository.folder / index) if index else None
         super().__init__(reference, paths, notes, listing)
         self.repository = repository
+        self.pending = repository.pending
 
     def fingerprint(self) -> str:
         return _fingerprint(self.repository, (str(info) for info in self.tensors.values()))

@@ -14,10 +14,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from yeam.checkpoint.beside import MODULES, OTHER_FILES, TOKENIZER_FILES, is_module_file, module_paths
+from yeam.checkpoint.beside import MODULES, OTHER_FILES, TOKENIZER_FILES, is_module_file, module_paths, module_weights
 from yeam.checkpoint.header import PREFIX_BYTES, Header, header_size, parse_header, read_header
 from yeam.checkpoint.hub_errors import explain, is_network_error, offline
 from yeam.checkpoint.hub_requests import read_range, retried
@@ -52,6 +53,7 @@ class Repository:
         self._locks: dict[str, threading.Lock] = {}
         self._locks_lock = threading.Lock()
         self.files: dict[str, int | None]
+        self.pending: dict[str, Callable[[], Path]] = {}
         self.offline = bool(constants.HF_HUB_OFFLINE)
         if self.offline:
             self.commit, self.files = self._cached(revision, "listing its files")
@@ -117,13 +119,20 @@ class Repository:
             )
 
     def fetch_small(self, extra: Iterable[str] = ()) -> None:
-        """Fetch configuration, tokenizer, chat templates, card and modules behind the model, and the files in `extra`."""
+        """Fetch configuration, tokenizer, chat templates, card and modules behind the model, and the files in `extra`.
+
+        Weights of such modules are left in `pending`: a plan does without them.
+        """
         wanted = [name for name in self.files if _is_small(name)]
         self._all(self.fetch, [*wanted, *extra])
         if MODULES in self.files:
             with contextlib.suppress(ValueError):  # transformers needs none of them
                 paths = module_paths(json.loads(self.fetch(MODULES).read_bytes()))
-                self._all(self.fetch, [name for name in self.files if is_module_file(name, paths)])
+                files = [name for name in self.files if is_module_file(name, paths)]
+                weights = module_weights(files)
+                self._all(self.fetch, [name for name in files if name not in weights])
+                absent = [name for name in weights if not (self.folder / name).exists()]
+                self.pending = {name: partial(self.fetch, name) for name in absent}
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def headers(self, names: Iterable[str]) -> dict[str, Header]:

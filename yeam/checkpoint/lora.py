@@ -71,7 +71,7 @@ class LoraCheckpoint(Checkpoint):
         self._recent: Recent[torch.Tensor] = Recent()
         self._norms: Recent[torch.Tensor] = Recent()
         self.reference = f"{base.reference}+{self._adapter.reference}"
-        self.folder = base.folder
+        self.folder, self.pending = base.folder, base.pending
         settings = read_lora_config(self._adapter.config, f"{self._adapter.folder}/adapter_config.json")
         ties = Ties(base, settings.keep_tied)
         self._changes = match(base, self._adapter, settings, ties)

@@ -87,7 +87,7 @@ class DequantizedCheckpoint(Checkpoint):
         hidden = set(scales.values())
         activation = {name for name in base.tensors if name not in hidden and _is_activation_scale(name, base.tensors)}
         self.reference, self.folder, self.aliases = base.reference, base.folder, base.aliases
-        self.apart = base.apart
+        self.apart, self.pending = base.apart, base.pending
         self.config = output_config(base.config)
         self._plain = _plain_dtype(self.config)
         self.tensors = {

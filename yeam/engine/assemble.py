@@ -32,6 +32,8 @@ def assemble(
     for name, content in small_files(plan, checkpoints):
         output.add_file(name, content)
         library = "sentence-transformers" if name == MODULES else library
+    for name, bring in checkpoints[plan.donor].pending.items():
+        output.add_file(name, bring().read_bytes())
     card = model_card(plan, loaded, report.out.name, licensing, report.findings, library=library)
     output.add_file("README.md", card)
     output.add_file("yeam_config.yaml", loaded.text)

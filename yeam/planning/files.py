@@ -23,8 +23,8 @@ TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 def small_files(plan: Plan, checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[str, str | bytes]]:
     """Name and content of every file that makes the plan's tensors a model, but the tensors and their index.
 
-    An intermediate of several stages has them as the output has. Raises CheckpointError where a donor's file cannot be
-    read.
+    An intermediate of several stages has them as the output has. What is `pending` is left to who writes the output. Raises
+    CheckpointError where a file of the donor cannot be read.
     """
     donor, other = checkpoints[plan.donor], checkpoints[plan.tokenizer_donor]
     config = plan.config
@@ -52,7 +52,8 @@ def small_files(plan: Plan, checkpoints: Sequence[Checkpoint]) -> Iterator[tuple
 def small_notes(donor: Member, tokenizer_donor: Member) -> list[str]:
     """What to tell about files that are taken along as they are: weights of further modules, and Python code."""
     notes = []
-    for weights in module_weights(_of_the_model(donor.checkpoint.folder)):
+    there = [*_of_the_model(donor.checkpoint.folder), *donor.checkpoint.pending]
+    for weights in dict.fromkeys(module_weights(there)):
         notes.append(f"{weights} is copied from {donor.ref.label}: modules behind the model are not merged")
     for member in dict.fromkeys((donor, tokenizer_donor)):
         folder = member.checkpoint.folder

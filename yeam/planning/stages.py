@@ -69,6 +69,7 @@ class StageCheckpoint(Checkpoint):
         self.reader: Reader | None = None
         self._files = tempfile.TemporaryDirectory(prefix="yeam-stage-")
         self.folder = Path(self._files.name)
+        self.pending = members[plan.donor].checkpoint.pending
         for file, content in small_files(plan, members.checkpoints):
             path = self.folder / file
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ class AlignedCheckpoint(Checkpoint):
         check_tokens(host, self._judge)
         inner = source.checkpoint
         self.reference = f"{inner.reference} in the coordinates of {host.checkpoint.reference}"
-        self.folder, self.config = inner.folder, dict(inner.config)
+        self.folder, self.pending, self.config = inner.folder, inner.pending, dict(inner.config)
         self.apart = inner.apart
         self.aliases, self.notes = inner.aliases, list(inner.notes)
         self._inner = inner

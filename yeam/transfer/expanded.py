@@ -29,7 +29,7 @@ class ExpandedCheckpoint(Checkpoint):
         self._small, self._host = small, host
         inner, shape = small.checkpoint, host.checkpoint
         self.reference = f"{inner.reference} in the shape of {shape.reference}"
-        self.folder, self.config = inner.folder, dict(shape.config)
+        self.folder, self.pending, self.config = inner.folder, inner.pending, dict(shape.config)
         self.aliases, self.notes = {}, []
         code = "F64" if any(info.dtype == "F64" for info in inner.tensors.values()) else "F32"
         self._parts: dict[str, str] = {part: slot.name for part, slot in host.outer.items()}

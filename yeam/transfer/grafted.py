@@ -49,7 +49,7 @@ class GraftedCheckpoint(Checkpoint):
         self.width = width + self.added
         inner = host.checkpoint
         self.reference = f"{inner.reference} with neurons of {donor.checkpoint.reference}"
-        self.folder = inner.folder
+        self.folder, self.pending = inner.folder, inner.pending
         self.aliases, self.notes, self.apart = inner.aliases, [], inner.apart
         code = "F64" if any(info.dtype == "F64" for info in inner.tensors.values()) else "F32"
         self._code = code

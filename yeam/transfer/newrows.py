@@ -157,7 +157,7 @@ class NewRows(Checkpoint):
     def __init__(self, host: Checkpoint, lexical: Lexical, patterns: Mapping[str, Pattern | None], way: Method) -> None:
         self._host, self._lexical, self._patterns, self._way = host, lexical, dict(patterns), way
         self.reference = f"{host.reference}, new tokens"
-        self.folder, self.config = host.folder, {}
+        self.folder, self.pending, self.config = host.folder, host.pending, {}
         count = len(lexical.new_M)
         self.tensors = {}
         for name in patterns:

@@ -67,7 +67,7 @@ class TransportedCheckpoint(Checkpoint):
         self.relation = Relation(host, base)
         inner = host.checkpoint
         self.reference = f"{tuned.checkpoint.reference} moved into {inner.reference}"
-        self.folder, self.config = inner.folder, dict(inner.config)
+        self.folder, self.pending, self.config = inner.folder, inner.pending, dict(inner.config)
         self.apart = inner.apart
         self.aliases, self.notes = inner.aliases, []
         self._code = "F64" if any(info.dtype == "F64" for info in inner.tensors.values()) else "F32"

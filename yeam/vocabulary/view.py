@@ -74,7 +74,7 @@ class VocabularyView(Checkpoint):
         self._lock = threading.Lock()
         self._gatherer = Gatherer()
         self.reference = base.reference
-        self.folder = base.folder
+        self.folder, self.pending = base.folder, base.pending
         self.config = config
         self.tensors = {**base.tensors, **{name: r.info for name, r in rows.items()}}
         self.aliases = {name: kept for name, kept in base.aliases.items() if name not in rows}
