@@ -152,7 +152,7 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
             if self.headers.get("Authorization"):
                 hub.leaks.append(path)
             owner, name, file = path.removeprefix("cdn/").split("/", 2)
-            return self._file(f"{owner}/{name}", file)
+            return self._file(f"{owner}/{name}", self.server_hub.repositories[f"{owner}/{name}"].folder, file)
         parts = [unquote(part) for part in raw.split("/")]
         api = parts[:2] == ["api", "models"]
         parts = parts[2:] if api else parts
@@ -217,7 +217,7 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         if not path.is_file():
             return self._error(404, "EntryNotFound", "Entry not found", commit=commit)
         if not name.endswith(LARGE):
-            return self._file(repo_id, name, {"X-Repo-Commit": commit})
+            return self._file(repo_id, repo.folder, name, {"X-Repo-Commit": commit})
         self.send_response(302)
         self.send_header("Location", f"http://localhost:{self.server_hub.port}/cdn/{repo_id}/{name}")
         self.send_header("X-Repo-Commit", commit)
@@ -227,8 +227,8 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         self.end_headers()
         return None
 
-    def _file(self, repo_id: str, name: str, headers: dict[str, str] | None = None) -> None:
-        path = self.server_hub.repositories[repo_id].folder / name
+    def _file(self, repo_id: str, folder: Path, name: str, headers: dict[str, str] | None = None) -> None:
+        path = folder / name
         data = path.read_bytes()
         first, last, wanted = 0, len(data) - 1, self.headers.get("Range")
         if wanted and self.server_hub.ranges:

@@ -7,11 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Llama
+import torch
+from conftest import UP, Llama
 from hub_server import HubServer, Repository, point_at
-from transformers import AutoTokenizer, PhobertTokenizer
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer, PhobertTokenizer
 
 import yeam
+from yeam.checkpoint import open_checkpoint
+from yeam.evaluation.folders import loadable
 
 Recipe = Callable[..., Path]
 
@@ -149,3 +153,29 @@ def test_weights_of_modules_of_a_repository(tmp_path: Path, llama: Llama, monkey
         server.stop()
     assert (tmp_path / "out" / dense).read_bytes() == (a / dense).read_bytes()
     assert yeam.verify(tmp_path / "out").ok
+
+
+def test_code_of_a_pinned_revision(tmp_path: Path, llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that is evaluated with an adapter the code that runs is the pinned commit's, also where main has moved on."""
+    own = "import transformers\nclass C(transformers.LlamaConfig):\n    model_type = {0!r}\n    age = {0!r}\n"
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.C"}}
+    old, new = (llama(age, config=config) for age in ("old", "new"))
+    for folder in (old, new):
+        (folder / "own.py").write_text(own.format(folder.name))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
+    factors = {"lora_A.weight": torch.ones(1, 16), "lora_B.weight": torch.ones(32, 1)}
+    name = f"base_model.model.{UP.removesuffix('weight')}"
+    save_file({name + key: value for key, value in factors.items()}, adapter / "adapter_model.safetensors")
+    server = HubServer({"org/a": Repository(new, others={"v1": Repository(old, commit="1" * 40)})}).start()
+    try:
+        point_at(server, monkeypatch, tmp_path / "cache")
+        open_checkpoint("org/a").close()
+        with loadable(f"org/a@v1+{adapter}", code=True) as source:
+            found = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=True)
+        with loadable(f"org/a@v1+{adapter}") as source:
+            assert not list(source.folder.glob("*.py"))
+    finally:
+        server.stop()
+    assert found.age == "old" and ("org/a", "own.py") in server.sent

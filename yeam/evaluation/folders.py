@@ -13,6 +13,7 @@ from yeam.checkpoint.base import TensorInfo
 from yeam.checkpoint.hub import HubCheckpoint, HubPytorchCheckpoint
 from yeam.checkpoint.quantized import DequantizedCheckpoint
 from yeam.errors import CheckpointError
+from yeam.evaluation.code import bring_code
 from yeam.recipe import ModelRef
 
 _USUAL = tuple(
@@ -62,6 +63,8 @@ def loadable(reference: str, *, code: bool = False) -> Iterator[Source]:
         with tempfile.TemporaryDirectory(prefix="yeam-eval-") as parent:
             folder = Path(parent) / "model"
             _write(ref, folder)
+            if code:
+                bring_code(folder, checkpoint.folder)
             written = open_checkpoint(str(folder), reference=ref.label)
             try:
                 yield Source(ref.label, folder, written)

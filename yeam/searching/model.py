@@ -10,6 +10,7 @@ from torch import Tensor
 
 from yeam.engine.held import Held
 from yeam.errors import CheckpointError, UserError
+from yeam.evaluation.code import bring_code
 from yeam.evaluation.folders import Source
 from yeam.evaluation.loading import Loaded, Placement, explained, place, quiet, ready
 from yeam.planning.jobs import Plan
@@ -46,6 +47,9 @@ class Vessel:
             self.close()
             self._checkpoint = StageCheckpoint(name, plan, members)
             self._checkpoint.reader = held
+            if self._trust:
+                for index in dict.fromkeys((plan.tokenizer_donor, plan.donor)):
+                    bring_code(self._checkpoint.folder, members[index].checkpoint.folder)
             self._source = Source(name, self._checkpoint.folder, self._checkpoint)
             self._placement = self._placed(self._source)
             self._key = _key(plan)
