@@ -76,8 +76,9 @@ def _survey(host: str, source: str, judge: str | None, stream: str) -> Alignment
         bodies: list[Body] = []
         for text in (host, source, *([judge] if judge is not None else [])):
             ref = ModelRef.parse(text)
-            lora = (ref.lora.path, ref.lora.revision) if ref.lora is not None else None
-            checkpoint = stack.enter_context(closing(open_checkpoint(ref.path, ref.revision, lora, reference=str(ref))))
+            checkpoint = stack.enter_context(
+                closing(open_checkpoint(ref.path, ref.revision, ref.adapter, reference=str(ref)))
+            )
             bodies.append(Body(checkpoint, Member(ref, len(bodies), checkpoint).anatomy))
         rotate = None if stream == "auto" else stream == "rotation"
         aligned = AlignedCheckpoint(bodies[1], bodies[0], judge=bodies[2] if judge else None, rotate=rotate)

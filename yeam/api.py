@@ -282,8 +282,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
     from yeam.report.inspect import inspect_model
 
     ref = ModelRef.parse(os.fspath(model))
-    lora = (ref.lora.path, ref.lora.revision) if ref.lora is not None else None
-    checkpoint = open_checkpoint(ref.path, ref.revision, lora, reference=str(ref))
+    checkpoint = open_checkpoint(ref.path, ref.revision, ref.adapter, reference=str(ref))
     try:
         return inspect_model(checkpoint)
     finally:

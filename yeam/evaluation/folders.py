@@ -43,8 +43,7 @@ def loadable(reference: str, *, code: bool = False) -> Iterator[Source]:
     Raises CheckpointError where the model cannot be read.
     """
     ref = ModelRef.parse(reference)
-    lora = (ref.lora.path, ref.lora.revision) if ref.lora is not None else None
-    checkpoint = open_checkpoint(ref.path, ref.revision, lora, reference=ref.label)
+    checkpoint = open_checkpoint(ref.path, ref.revision, ref.adapter, reference=ref.label)
     try:
         if not checkpoint.config:
             raise CheckpointError(

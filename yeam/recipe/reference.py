@@ -66,6 +66,11 @@ class ModelRef:
         """Whether the path is on this machine: it exists, or it plainly is no Hub name."""
         return os.path.exists(self.path) or _is_plainly_a_path(self.path)
 
+    @property
+    def adapter(self) -> tuple[str, str | None] | None:
+        """(path, revision) of the adapter, as `open_checkpoint` takes it."""
+        return None if self.lora is None else (self.lora.path, self.lora.revision)
+
     def __str__(self) -> str:
         text = self.path if self.revision is None else f"{self.path}@{self.revision}"
         return text if self.lora is None else f"{text}+{self.lora}"

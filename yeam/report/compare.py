@@ -84,8 +84,7 @@ def compare_models(
         members = []
         for index, name in enumerate((a, b) if base is None else (a, b, base)):
             ref = ModelRef.parse(name)
-            lora = (ref.lora.path, ref.lora.revision) if ref.lora is not None else None
-            checkpoint = open_checkpoint(ref.path, ref.revision, lora, reference=ref.label)
+            checkpoint = open_checkpoint(ref.path, ref.revision, ref.adapter, reference=ref.label)
             stack.callback(checkpoint.close)
             members.append(Member(ref, index, checkpoint))
         pairs, notes = pairs_of(members)
