@@ -173,6 +173,7 @@ def test_wrong_parameters(tmp_path: Path, llama: Llama) -> None:
     refuses(config("parameters:\n  weight: 1\n  normalize: maybe"), "recipe.yaml:7", "normalize")
     refuses(config("parameters:\n  softness: -1", "yeam"), "recipe.yaml:6", "greater than 0")
     refuses(config("parameters:\n  frames: [16, 20]", "yeam"), "not usable", "256")
+    refuses(config("parameters:\n  weight: nan"), "recipe.yaml:6", "'nan' is not usable: input should be a finite")
     refuses(config("parameters:\n  weight: [{filter: mlpx, value: 1}, {value: 2}]"), "'mlpx' matches no", "'mlp'")
     refuses(
         config("parameters:\n  weight: [{filter: 'role:atention', value: 1}, {value: 2}]"), "unknown role", "attention"

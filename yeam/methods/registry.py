@@ -16,6 +16,7 @@ the model's training step where the recipe does not give it and the model tells 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -65,11 +66,14 @@ class Parameter:
         from pydantic import ValidationError
 
         try:
-            return _adapter(self.annotation).validate_python(value)
+            checked = _adapter(self.annotation).validate_python(value)
         except ValidationError as error:
             raise ConfigError(
                 f"{where}: {self.name} = {value!r} is not usable: {error.errors()[0]['msg'].lower()}"
             ) from None
+        if isinstance(checked, float) and not math.isfinite(checked):  # from text: a recipe's numbers are finite
+            raise ConfigError(f"{where}: {self.name} = {value!r} is not usable: input should be a finite number")
+        return checked
 
 
 @cache
