@@ -178,12 +178,16 @@ def test_a_tuned_model_takes_the_alignment_of_its_base(tmp_path: Path) -> None:
     assert 0.01 < difference(moved[name], original[name]) < 0.6
 
 
-def test_what_an_alignment_says_of_fine_tunes(refused) -> None:
+def test_what_an_alignment_says_of_fine_tunes(refused, tmp_path: Path) -> None:
     """Close relatives are not called the same model, and one model is not its own host."""
     models = REPOSITORY / "examples" / "tiny-family" / "models"
     report = yeam.align(models / "base", models / "code")
     assert "fine-tunes" in report.verdict and "exactly" not in report.verdict
     refused(["align", models / "base", models / "base", "--report-only"], "both the host and the source")
+    words = ["align", models / "base", models / "code", "--out", tmp_path / "out", "--plot"]
+    refused([*words, tmp_path / "no" / "a.png"], "there is no folder")
+    refused([*words, tmp_path / "a.html"], "not as a page")
+    assert not (tmp_path / "out").exists()
 
 
 def test_models_that_cannot_be_aligned(tmp_path: Path) -> None:

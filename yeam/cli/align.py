@@ -41,6 +41,10 @@ def align(
     with handled(debug, as_json):
         if report_only == (out is not None):
             raise UserError("give --out FOLDER, or --report-only", "one of the two")
+        if plot is not None:
+            from yeam.report.files import check_picture
+
+            check_picture(plot)
         options = {} if out is None else {"memory": memory, "overwrite": overwrite}
         report = alignment.align(host, source, out, judge=judge, stream=stream, **options)
         if plot is not None:

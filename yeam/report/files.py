@@ -6,10 +6,13 @@ import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from yeam.errors import OutputError, UserError
 from yeam.report.maps import HeatMap
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _PAGES = (".html", ".htm")
 _PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
@@ -36,6 +39,21 @@ def check_targets(paths: Sequence[Path]) -> None:
             )
 
 
+def check_picture(path: Path) -> None:
+    """As `check_targets`, for what is drawn as a picture only."""
+    check_targets([path])
+    if path.suffix.lower() in _PAGES:
+        raise UserError(f"{path}: this is drawn as a picture, not as a page", "end the name with .png, .svg or .pdf")
+
+
+def save_picture(drawing: Figure, path: Path) -> None:
+    """Write a figure, the same bytes whenever it is drawn. Raises OutputError."""
+    try:
+        drawing.savefig(path, dpi=130, metadata={"Date": None} if path.suffix.lower() in (".svg", ".pdf") else None)
+    except OSError as error:
+        raise _failed(path, error) from error
+
+
 def write_target(path: Path, title: str, page: Callable[[], str], pictures: Callable[[], Sequence[HeatMap]]) -> None:
     """Write the page, or the pictures as one figure, as the file's suffix says. Raises OutputError."""
     if path.suffix.lower() in _PAGES:
@@ -44,10 +62,7 @@ def write_target(path: Path, title: str, page: Callable[[], str], pictures: Call
     drawn = pictures()
     if not drawn:
         raise UserError(f"{path}: there is nothing to draw", "write a page (.html) instead")
-    try:
-        _draw(title, drawn, path)
-    except OSError as error:
-        raise _failed(path, error) from error
+    save_picture(_drawn(title, drawn), path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,7 +82,7 @@ def _failed(path: Path, error: OSError) -> OutputError:
     )
 
 
-def _draw(title: str, pictures: Sequence[HeatMap], path: Path) -> None:
+def _drawn(title: str, pictures: Sequence[HeatMap]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -93,7 +108,7 @@ def _draw(title: str, pictures: Sequence[HeatMap], path: Path) -> None:
         ax.set_title(picture.title, fontsize=9)
         ax.set_xlabel("layer", fontsize=8)
         drawing.colorbar(image, ax=ax).ax.tick_params(labelsize=7)
-    drawing.savefig(path, dpi=130, metadata={"Date": None} if path.suffix.lower() in (".svg", ".pdf") else None)
+    return drawing
 
 
 def _literal(text: str) -> str:

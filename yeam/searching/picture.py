@@ -6,22 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from yeam.errors import OutputError, UserError
 from yeam.recipe.settings import Scalar
-from yeam.report.files import check_targets
+from yeam.report.files import save_picture
 from yeam.searching.space import Dimension
 from yeam.searching.trial import Trial
 
 _MOST = 15  # values with a panel of their own; the first ones of the recipe
-
-
-def check_picture(path: Path) -> None:
-    """Raise UserError, before any work, for a file that could not be written in the end."""
-    check_targets([path])
-    if path.suffix.lower() in (".html", ".htm"):
-        raise UserError(
-            f"{path}: a search is drawn as a picture, not as a page", "end the name with .png, .svg or .pdf"
-        )
 
 
 def draw(path: Path, title: str, dimensions: Sequence[Dimension], trials: Sequence[Trial]) -> None:
@@ -43,12 +33,7 @@ def draw(path: Path, title: str, dimensions: Sequence[Dimension], trials: Sequen
         _draw_values(axes, dimension, found)
         if number % columns == 0:
             axes.set_ylabel("tuning loss", fontsize=8)
-    try:
-        drawing.savefig(path, dpi=130, metadata={"Date": None} if path.suffix.lower() in (".svg", ".pdf") else None)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}", "free some space, or choose another place"
-        ) from error
+    save_picture(drawing, path)
 
 
 def _draw_course(axes: Any, title: str, trials: Sequence[Trial]) -> None:

@@ -52,7 +52,7 @@ def targets_of(
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise OutputError(f"{path} cannot be written", "choose another place")
     if found.plot is not None:
-        from yeam.searching.picture import check_picture
+        from yeam.report.files import check_picture
 
         check_picture(found.plot)
     if found.out.exists() and not found.storage.exists() and not overwrite:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from yeam.errors import UserError
 from yeam.transfer.stream import LEAST_GATE
 
 
@@ -64,11 +63,11 @@ def _mean(values: Any) -> float:
 
 
 def plot_alignment(report: AlignmentReport, path: Path) -> None:
-    """A picture of the layers' scores. Raises UserError without matplotlib, or for an unknown kind of file."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("pictures need matplotlib", "pip install 'yeam[plots]'") from None
+    """A picture of the layers' scores. Raises OutputError. `check_picture` tells before whether there can be one."""
+    from matplotlib.figure import Figure
+
+    from yeam.report.files import save_picture
+
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     number = range(len(report.layers))
@@ -77,7 +76,4 @@ def plot_alignment(report: AlignmentReport, path: Path) -> None:
     axes.set(xlabel="layer", ylabel="mean cosine of matched pairs", ylim=(min(0.0, *axes.get_ylim()), 1.05))
     axes.set_title(f"stream gate {report.stream['gate']:.2f}", fontsize="medium")
     axes.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}", "name a .png, .svg or .pdf file") from None
+    save_picture(figure, path)
