@@ -40,4 +40,4 @@ def _paths(modules: Any) -> list[str]:
 
 
 def _remedy(named_by: str) -> str:
-    return f"copy it from the model that {named_by} came from"
+    return f"copy it from the model that {named_by} came from, or remove what names it"
