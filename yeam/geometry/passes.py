@@ -71,10 +71,10 @@ def resolve(
         return out_T
     room_T = np.empty((len(weight) - 1) * min(meeting.band, len(out_T)), np.float32)
     for at in range(0, len(out_T), meeting.band):  # in the cache from the rays to where the rows meet
-        point_T = array(out_T)[at : at + meeting.band]
-        contrast_CT = room_T[: (len(weight) - 1) * len(point_T)].reshape(-1, len(point_T))
-        ray_points(word_VS, kind, has_base, weight_K, m, at, point_T, contrast_CT, *sums)
-        meeting.add_(tensor(contrast_CT), tensor(point_T))
+        here_T = array(out_T)[at : at + meeting.band]
+        contrast_CT = room_T[: (len(weight) - 1) * len(here_T)].reshape(-1, len(here_T))
+        ray_points(word_VS, kind, has_base, weight_K, m, at, here_T, contrast_CT, *sums)
+        meeting.add_(tensor(contrast_CT), tensor(here_T))
     return out_T
 
 
