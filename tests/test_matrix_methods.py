@@ -117,6 +117,9 @@ def whole_wudi(
 WHOLE: dict[str, Callable[..., Tensor]] = {
     "tsv_m": whole_tsv_m, "iso_c": whole_iso_c, "iso_cts": whole_iso_cts, "wudi": whole_wudi,
 }  # fmt: skip
+ALLOWED = {
+    "iso_cts": 1e-8
+}  # its two decompositions magnify rounding where values are close; how much differs from one CPU to another
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("tsv_m", {}),
     ("iso_c", {}),
@@ -199,12 +202,12 @@ def test_roles_that_are_no_linear_layers(name: str) -> None:
 def test_stacks_and_panels_are_matrices_of_their_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     updates, base = models((3, 12, 9), 2)
     want = torch.stack([base[s] + WHOLE[name]([update[s] for update in updates]) for s in range(3)])
-    torch.testing.assert_close(merge(name, updates, base, 25), want, rtol=0, atol=1e-9)
+    torch.testing.assert_close(merge(name, updates, base, 25), want, rtol=0, atol=ALLOWED.get(name, 1e-9))
     monkeypatch.setattr("yeam.methods.yeam.PANEL_ROWS", 20)
     updates, base = models((50, 9), 2)
     parts = [slice(0, 16), slice(16, 33), slice(33, 50)]
     want = torch.cat([base[rows] + WHOLE[name]([update[rows] for update in updates]) for rows in parts])
-    torch.testing.assert_close(merge(name, updates, base, 100), want, rtol=0, atol=1e-9)
+    torch.testing.assert_close(merge(name, updates, base, 100), want, rtol=0, atol=ALLOWED.get(name, 1e-9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -286,7 +289,7 @@ def test_low_rank_updates_stay_in_their_spans(shape: tuple[int, int], dtype: tor
 def test_the_order_of_the_sources_is_irrelevant(seed: int, K: int) -> None:
     updates, base = models((14, 11), K, seed)
     for name in METHODS:
-        allowed = 1e-8 if name == "iso_cts" else 1e-9  # its two decompositions magnify rounding where values are close
+        allowed = ALLOWED.get(name, 1e-9)
         torch.testing.assert_close(merge(name, updates[::-1], base), merge(name, updates, base), rtol=0, atol=allowed)
 
 

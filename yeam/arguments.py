@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
-from yeam.engine.device import choose_device
+from yeam.engine import device
 from yeam.errors import ConfigError, UserError
 from yeam.recipe.sizes import parse_size
 
@@ -72,7 +72,7 @@ def _size(name: str, value: Any) -> None:
 
 def _device(name: str, value: Any) -> None:
     _text(name, value)
-    choose_device(value)
+    device.choose_device(value)
 
 
 def _dtype(name: str, value: Any) -> None:

@@ -235,12 +235,13 @@ class NewRows(Checkpoint):
 
     def _combined(self, side: _Side, pattern: Pattern, first: int, last: int) -> Tensor:
         block = first // pattern.batch
-        own = slice(first - block * pattern.batch, last - block * pattern.batch)
+        begin = block * pattern.batch
         combination = pattern.combination(block)
         assert side.anchors_NC is not None and side.map_DC is not None
-        atoms_TK, weights_TK = combination.atoms_TK[own].long(), combination.weights_TK[own]
-        rows_TC = (weights_TK[:, None] @ side.anchors_NC[atoms_TK])[:, 0] + side.centre_C
-        return rows_TC + pattern.targets(first, last) @ side.map_DC
+        rows_TC = (combination.weights_TK[:, None] @ side.anchors_NC[combination.atoms_TK.long()])[:, 0] + side.centre_C
+        # of the whole block: on some processors the last bits of a product depend on how many rows it has
+        rows_TC += pattern.targets(begin, begin + len(rows_TC)) @ side.map_DC
+        return rows_TC[first - begin : last - begin]
 
     def _spelt(self, name: str, numbers_T: Any, centre_C: Tensor) -> Tensor:
         """The means of the rows of each text's pieces."""
