@@ -143,6 +143,11 @@ def test_other_tokens(text, tmp_path):
     assert alone.scores.nll_per_token == pytest.approx(entry.scores.nll_per_token, abs=1e-6)
 
 
+def test_the_usual_stride_is_no_longer_than_the_context(text):
+    options = {"context": 32, "device": "cpu"}
+    assert yeam.evaluate(BASE, text, **options).scores == yeam.evaluate(BASE, text, stride=32, **options).scores
+
+
 def test_what_transformers_cannot_read(text, tmp_path):
     """A single file of an unusual name is evaluated all the same, as the model it is."""
     shutil.copytree(BASE, tmp_path / "m")

@@ -295,7 +295,7 @@ def evaluate(
     text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     against: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
-    stride: int = 64,
+    stride: int | None = None,
     context: int | None = None,
     wikitext2: bool = False,
     batch: int | None = None,
@@ -310,7 +310,8 @@ def evaluate(
 
     model, against: references as in a recipe. text: files, or folders of them; each file is a document. stride, context: in tokens; every
     token is predicted once, from at least context - stride tokens before it where the document has them; context is 2,048 or the model's
-    positions if those are fewer. wikitext2: the text is wikitext-2's test split, joined with blank lines. batch: windows at a time.
+    positions if those are fewer, stride 64 or the context if that is shorter.
+    wikitext2: the text is wikitext-2's test split, joined with blank lines. batch: windows at a time.
     dtype: `auto` (float32 on the CPU, as stored elsewhere), `float32`, `bfloat16`, `float16`. memory: bytes or text such as `4GiB`; models
     whose weights take more are read from the disk layer by layer. trust_remote_code: run Python code that a model's folder brings.
     update_card: keep the result in the model's folder and show it in its card. progress: called with (tokens scored, tokens in all)

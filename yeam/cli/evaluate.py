@@ -30,7 +30,12 @@ def evaluate(
         list[str] | None,
         typer.Option("--against", metavar="REF …", help="Other models to compare with; several at once."),
     ] = None,
-    stride: Annotated[int, typer.Option(metavar="N", help="Tokens scored in each window after the first.")] = 64,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Tokens scored in each window after the first: 64, or the context if that is shorter."
+        ),
+    ] = None,
     context: Context = None,
     wikitext2: Annotated[
         bool, typer.Option("--wikitext2", help="The text is wikitext-2's test split: its rows joined with blank lines.")

@@ -19,13 +19,15 @@ from yeam.evaluation.tokens import context_of, tokenized
 from yeam.evaluation.windows import check_windows
 from yeam.report.merge_report import versions
 
+STRIDE = 64  # tokens, where the context is not shorter
+
 
 def run(
     model: str,
     text: Sequence[str],
     against: Sequence[str],
     *,
-    stride: int,
+    stride: int | None,
     context: int | None,
     wikitext2: bool,
     batch: int | None,
@@ -37,6 +39,7 @@ def run(
 ) -> Evaluation:
     """`yeam.evaluate`, with every option resolved; see there."""
     check_windows(stride, context, batch)
+    stride = STRIDE if stride is None else stride
     documents = read_documents(text, wikitext2=wikitext2)
     started = time.monotonic()
     with ExitStack() as stack:
