@@ -49,11 +49,15 @@ def named(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
     return {name: folder / name for name in names}
 
 
+def named_paths(modules: Any) -> list[str]:
+    """Every folder that the content of a `modules.json` names, wherever it leads."""
+    entries = [entry for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
+    return [path for entry in entries if isinstance(path := entry.get("path"), str) and path]
+
+
 def module_paths(modules: Any) -> list[str]:
     """The folders of further modules (pooling, dense layers) that the content of a `modules.json` names, within the model's own."""
-    entries = [entry for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
-    paths = [entry.get("path") for entry in entries]
-    return [path for path in paths if isinstance(path, str) and _MODULE_PATH.fullmatch(path)]
+    return [path for path in named_paths(modules) if _MODULE_PATH.fullmatch(path)]
 
 
 def is_module_file(name: str, paths: list[str]) -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from yeam.checkpoint import open_checkpoint
-from yeam.checkpoint.beside import MODULES, module_files, module_weights
+from yeam.checkpoint.beside import MODULES, module_files, module_weights, named_paths
 from yeam.errors import CheckpointError
 from yeam.planning.code import home_of, modules_named, parsed
 
@@ -15,7 +14,7 @@ from yeam.planning.code import home_of, modules_named, parsed
 def companion_problems(folder: Path) -> Iterator[str]:
     """A sentence for each module folder or Python file that is named and missing, and for module weights that do not open."""
     modules = parsed(folder / MODULES)
-    for path in _paths(modules):
+    for path in named_paths(modules):
         if not (folder / path).resolve().is_relative_to(folder.resolve()):
             yield f"{folder / MODULES}: names {path!r}, which is not in the folder: do not use it"
         elif not (folder / path).is_dir():
@@ -31,12 +30,6 @@ def companion_problems(folder: Path) -> Iterator[str]:
         for name in dict.fromkeys(modules_named(parsed(settings))):
             if not (folder / f"{name}.py").is_file():
                 yield f"{folder / name}.py: is missing, and {settings.name} names it: {_remedy(settings.name)}"
-
-
-def _paths(modules: Any) -> list[str]:
-    """Every folder that the content of a `modules.json` names, also those that no merge takes along."""
-    entries = [entry for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
-    return [path for entry in entries if isinstance(path := entry.get("path"), str) and path]
 
 
 def _remedy(named_by: str) -> str:
