@@ -138,6 +138,8 @@ def _yeam(folder: Path, loaded: Mapping[str, tuple[Any, dict[str, Any]]]) -> Non
     ours, base, a, b = (stored(folder / label) for label in ("yeam", "base", "a", "b"))
     if ours.keys() != a.keys():
         raise Failed(f"the file differs in {sorted(ours.keys() ^ a.keys())[:3]}")
+    described = describe(model.config.to_dict(), {key: tuple(x.shape) for key, x in base.items()})
+    depth = max((stack.count for stack in described.stacks.values()), default=1)
     for key, x in base.items():
         if not x.is_floating_point() or torch.equal(a[key], x):
             if not torch.equal(ours[key], a[key]):
@@ -145,9 +147,11 @@ def _yeam(folder: Path, loaded: Mapping[str, tuple[Any, dict[str, Any]]]) -> Non
             continue
         delta_Kn = torch.stack([a[key] - x, b[key] - x]).double()
         if x.dim() == 3 and min(x.shape[-2:]) >= 8:  # a stack of experts: a matrix each
-            wanted = torch.stack([reference.merge(m, d_Kn) for m, d_Kn in zip(x.double(), delta_Kn.unbind(1))])
+            wanted = torch.stack(
+                [reference.merge(m, d_Kn, depth=depth) for m, d_Kn in zip(x.double(), delta_Kn.unbind(1))]
+            )
         else:
-            wanted = reference.merge(x.double(), delta_Kn)
+            wanted = reference.merge(x.double(), delta_Kn, depth=depth)
         error = float((ours[key].double() - wanted).norm() / delta_Kn[0].norm().clamp(min=1e-30))
         if not error < CLOSE:
             raise Failed(f"{key} is off the reference by {error:.1e}")

@@ -34,6 +34,7 @@ class HeldInputs:
     ) -> None:
         self._stored = stored
         self.role = role
+        self.depth = 1
         self.name, self.shape, self.K, self.has_base = name, shape, len(sources_KT), base is not None
         self.device, self.dtype = sources_KT.device, sources_KT.dtype
         self.work = dtype_named(str(self.dtype)).code

@@ -57,27 +57,21 @@ def meet(x, delta_K, axes=16, seed=0):
 
 
 def spread_columns(x_MN, width, alpha, generator, floor=1e-6, noise=0.0):
-    """Equalise the columns of x inside frames of `width`, grouped by a random permutation; noise: its mean square in an element.
-
-    Returns that and how far WUDI's objective is least beyond a mean progress of 1."""
+    """Equalise the columns of x inside frames of `width`, grouped by a random permutation; noise: its mean square in an element."""
     order = torch.randperm(x_MN.shape[1], generator=generator)
     out_MN = torch.empty_like(x_MN)
     grams = [x_MN[:, J].T @ x_MN[:, J] for J in order.split(width)]
     eigen = [torch.linalg.eigh(C) for C in grams]
     least = floor * max(float(values.max()) for values, _ in eigen)
-    found = []
     for J, (values, Q) in zip(order.split(width), eigen):
         values = values.clamp(min=least)
         signal = (1 - noise * x_MN.shape[0] / values).clamp(min=0.01)
         power = (signal / values) ** (alpha / 2)
-        found.append(torch.stack([values, values * signal, power]))
         out_MN[:, J] = x_MN[:, J] @ (Q * power) @ Q.T
-    values, signal, power = torch.cat(found, dim=1)
-    least_at = (signal * values * power).sum() / (signal * values * power**2).sum()
-    return out_MN / out_MN.norm(), float(least_at * (values * power).sum() / values.sum())
+    return out_MN / out_MN.norm()
 
 
-def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0):
+def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0, depth=1):
     """The merged tensor. delta_K = weight_k * (source_k - base), stacked; width=None skips the frames."""
     x = rays(delta_K, softness)
     norms_K = delta_K.reshape(len(delta_K), -1).norm(dim=1)
@@ -86,7 +80,6 @@ def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0):
     longest = float(2.5 * x.norm() / norms_K.mean())  # conflict is not blown up
     if x.dim() != 2 or min(x.shape) < 8:
         return base + lam * min(1.0, longest) * x * norms_K.mean() / x.norm()
-    reach = None
     alpha = 1 - agreement(delta_K) if float(base.norm()) > 0 else 0.0  # frames are for updates, not for whole weights
     spread = departure(x, delta_K)
     x = meet(x, delta_K, seed=seed) if width and float(base.norm()) > 0 else x
@@ -97,11 +90,9 @@ def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0):
         for number in range(rounds):
             known = 0.0 if number else noise
             if x.shape[1] <= x.shape[0]:
-                x, further = spread_columns(x, width, alpha, generator, noise=known)
+                x = spread_columns(x, width, alpha, generator, noise=known)
             else:
-                x, further = spread_columns(x.T, width, alpha, generator, noise=known)
-                x = x.T
-            reach = further if number == 0 else reach
+                x = spread_columns(x.T, width, alpha, generator, noise=known).T
     x = x * norms_K.mean() / x.norm()
     displacement = max(float(norms_K.max() / base.norm().clamp(min=1e-300)), 1e-12)
     progress = float((x * delta_K.sum(0)).sum() / norms_K.square().sum())
@@ -109,6 +100,6 @@ def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0):
     shared = max(1.0, float(delta_K.sum(0).square().sum() / norms_K.square().sum()))
     scale = min(max(1.7 * found / shared / displacement**0.25, 0.16 * found**0.5 / displacement) ** alpha, longest)
     if progress > 0:
-        beyond = 1.0 if reach is None else 0.85 * reach / len(delta_K) ** 0.5 / displacement**0.1
+        beyond = 0.88 / len(delta_K) ** 0.5 / (displacement * depth) ** (1 / 3) if width else 1.0
         scale = min(scale, beyond**alpha / progress)
     return base + lam * scale * x

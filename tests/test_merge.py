@@ -39,7 +39,9 @@ def test_families(family: str, tmp_path: Path) -> None:
     load(tmp_path / "yeam", auto)
     ours, x, y, z = (tensors(tmp_path / name) for name in ("yeam", "base", "a", "b"))
     plain = {
-        name: reference.merge(x[name].double(), torch.stack([y[name] - x[name], z[name] - x[name]]).double())
+        name: reference.merge(
+            x[name].double(), torch.stack([y[name] - x[name], z[name] - x[name]]).double(), depth=2
+        )
         .to(x[name].dtype)
         for name in x
     }  # fmt: skip
@@ -117,7 +119,9 @@ def test_yeam_parameters(tmp_path: Path, llama: Llama) -> None:
     def expected(**options: Any) -> Tensors:
         strength = options.pop("strength", lambda name: 1.0)
         return {
-            n: reference.merge(x[n], torch.stack([0.5 * (y[n] - x[n]), z[n] - x[n]]), lam=strength(n), **options)
+            n: reference.merge(
+                x[n], torch.stack([0.5 * (y[n] - x[n]), z[n] - x[n]]), lam=strength(n), depth=3, **options
+            )
             for n in x
         }
 

@@ -23,30 +23,6 @@ CUT = 64  # axes of a part of a Gram matrix, of which only the upper triangle of
 _TILE = 1 << 18  # elements of a band of rows: gathered, multiplied and put back while in the cache
 
 
-class Axes:
-    """What frames found: sums over the axes of λ, λg, λ²g and λ²g², λ an axis's eigenvalue and g what it was multiplied by; in those
-    with λ² an axis counts by the share of it that is more than noise."""
-
-    def __init__(self) -> None:
-        self.sums_4 = torch.zeros(4, dtype=torch.float64)
-
-    def add(self, values_Fw: Tensor, share_Fw: Tensor, power_Fw: Tensor) -> None:
-        values_Fw, power_Fw = values_Fw.double(), power_Fw.double()
-        product_Fw = values_Fw * power_Fw
-        heavy_Fw = share_Fw * product_Fw * values_Fw
-        sums = (values_Fw.sum(), product_Fw.sum(), heavy_Fw.sum(), (heavy_Fw * power_Fw).sum())
-        self.sums_4 += torch.stack(sums).cpu()
-
-    @property
-    def reach(self) -> float | None:
-        """(Σ λ²g / Σ λ²g²) · (Σ λg / Σ λ): where WUDI's objective is least, over where the mean progress is 1, of a single source.
-
-        None where nothing was spread; of singular values s that were made equal, Σ s³ / Σ s² over Σ s² / Σ s.
-        """
-        whole, once, heavy, twice = self.sums_4.tolist()
-        return float(heavy / twice * once / whole) if min(whole, twice) > 0 else None
-
-
 def spread_(
     x_MN: Tensor,
     *,
@@ -55,28 +31,27 @@ def spread_(
     rounds: int = 1,
     seed: int = 0,
     noise: float = 0.0,
-    axes: Axes | None = None,
 ) -> Tensor:
     """Equalise x_MN inside frames of `width` axes of its shorter side (its columns where it is square), in place, up to a scale.
 
     x_MN: [M, N], contiguous, float32 or float64, not all zero. The scale is for the caller to set afterwards. alpha: 0 leaves it alone,
     1 flattens every frame. rounds: how often the axes are regrouped. seed: of the permutations, drawn on the CPU so that every device
     sees the same ones. noise: the mean square of what is no update in x_MN's elements, rounding and the like; axes that
-    hold little else are spread less. axes: takes in what the first round finds.
+    hold little else are spread less.
     Returns x_MN. Memory beyond x_MN: about 3 · min(M, N) · width elements and a band of rows.
     """
     if alpha == 0:
         return x_MN
     generator = torch.Generator().manual_seed(seed)
     if x_MN.shape[1] <= x_MN.shape[0]:
-        _spread_columns_(x_MN, alpha, width, rounds, generator, noise * x_MN.shape[0], axes)
+        _spread_columns_(x_MN, alpha, width, rounds, generator, noise * x_MN.shape[0])
     else:
-        _spread_rows_(x_MN, alpha, width, rounds, generator, noise * x_MN.shape[1], axes)
+        _spread_rows_(x_MN, alpha, width, rounds, generator, noise * x_MN.shape[1])
     return x_MN
 
 
 def _spread_columns_(
-    x_MN: Tensor, alpha: float, width: int, rounds: int, generator: torch.Generator, noise: float, axes: Axes | None
+    x_MN: Tensor, alpha: float, width: int, rounds: int, generator: torch.Generator, noise: float
 ) -> None:
     """Every round is a pass over bands of rows, which applies the powers of the round before and leaves the columns in a new order."""
     columns = x_MN.shape[1]
@@ -99,7 +74,7 @@ def _spread_columns_(
             if not last:
                 grams.add(band_RN if number else tile_RN)
         place_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(columns))
-        powers = [] if last else _powers(grams.grams, alpha, *((0.0, None) if number else (noise, axes)))
+        powers = [] if last else _powers(grams.grams, alpha, 0.0 if number else noise)
 
 
 def _reorder(x_RN: Tensor, widths: list[int], here_N: Tensor, out_RN: Tensor) -> None:
@@ -116,7 +91,7 @@ def _reorder(x_RN: Tensor, widths: list[int], here_N: Tensor, out_RN: Tensor) ->
 
 
 def _spread_rows_(
-    x_MN: Tensor, alpha: float, width: int, rounds: int, generator: torch.Generator, noise: float, axes: Axes | None
+    x_MN: Tensor, alpha: float, width: int, rounds: int, generator: torch.Generator, noise: float
 ) -> None:
     """Every round gathers the frames' rows twice: for their Gram matrices, and to apply the powers."""
     rows, columns = x_MN.shape
@@ -132,24 +107,24 @@ def _spread_rows_(
             frame_FwN = _row_frames(x_MN.index_select(0, band_R), width)
             grams.append(frame_FwN.new_zeros(len(frame_FwN), frame_FwN.shape[1], frame_FwN.shape[1]))
             _add_gram_(grams[-1], frame_FwN.mT)
-        powers = _powers(grams, alpha, *((0.0, None) if number else (noise, axes)))
+        powers = _powers(grams, alpha, 0.0 if number else noise)
         for band_R, power_Fww in zip(bands, powers):
             frame_FwN = _row_frames(x_MN.index_select(0, band_R), width)
             _put_rows(x_MN, band_R, torch.bmm(power_Fww, frame_FwN).view(-1, columns))
 
 
-def spread_spectral_(x_MN: Tensor, *, alpha: float, noise: float = 0.0, axes: Axes | None = None) -> Tensor:
+def spread_spectral_(x_MN: Tensor, *, alpha: float, noise: float = 0.0) -> Tensor:
     """The limit of one frame as wide as the matrix: X = U S Vᵀ ← U S^(1−α) Vᵀ, in place, up to a scale.
 
-    x_MN: [M, N], float32 or float64, not all zero. noise, axes: as of `spread_`. Computed from the Gram matrix of the shorter side and
+    x_MN: [M, N], float32 or float64, not all zero. noise: as of `spread_`. Computed from the Gram matrix of the shorter side and
     its eigenvectors, with the same floor as the frames. Memory beyond x_MN: about 3 · min(M, N)² elements.
     """
     if alpha == 0:
         return x_MN
     rows, columns = x_MN.shape
     if rows < columns:
-        return x_MN.copy_(_powers([(x_MN @ x_MN.T)[None]], alpha, noise * columns, axes)[0][0] @ x_MN)
-    power_NN = _powers([(x_MN.T @ x_MN)[None]], alpha, noise * rows, axes)[0][0]
+        return x_MN.copy_(_powers([(x_MN @ x_MN.T)[None]], alpha, noise * columns)[0][0] @ x_MN)
+    power_NN = _powers([(x_MN.T @ x_MN)[None]], alpha, noise * rows)[0][0]
     for tile_RN in torch.split(x_MN, max(1, _TILE // columns)):
         tile_RN.copy_(tile_RN @ power_NN)
     return x_MN
@@ -217,11 +192,11 @@ class _ColumnGrams:
         return widths
 
 
-def _powers(grams: list[Tensor], alpha: float, noise: float = 0.0, axes: Axes | None = None) -> list[Tensor]:
+def _powers(grams: list[Tensor], alpha: float, noise: float = 0.0) -> list[Tensor]:
     """C^(−α/2) of all frames, from their upper triangles, with one floor for all of them.
 
     noise: the eigenvalue that rounding and the like alone would have. An axis is given the share of its energy that is more than
-    that (a Wiener filter), at least a hundredth, so that an update of nothing else is still one. axes: takes them in.
+    that (a Wiener filter), at least a hundredth, so that an update of nothing else is still one.
     """
     eigen = [torch.linalg.eigh(gram_Fww, UPLO="U") for gram_Fww in grams]
     least = FLOOR * max(float(values_Fw.max()) for values_Fw, _ in eigen)
@@ -229,9 +204,6 @@ def _powers(grams: list[Tensor], alpha: float, noise: float = 0.0, axes: Axes | 
     def power(values_Fw: Tensor) -> Tensor:
         values_Fw = values_Fw.clamp(min=least)
         share_Fw = (1 - noise / values_Fw).clamp(min=LEAST_SHARE)
-        power_Fw = (share_Fw / values_Fw).pow(alpha / 2)
-        if axes is not None:
-            axes.add(values_Fw, share_Fw, power_Fw)
-        return power_Fw
+        return (share_Fw / values_Fw).pow(alpha / 2)
 
     return [(vectors_Fww * power(values_Fw)[:, None, :]) @ vectors_Fww.mT for values_Fw, vectors_Fww in eigen]

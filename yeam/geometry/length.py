@@ -3,7 +3,7 @@
 Legend: K sources, T elements of a tile.
 
     r = max_k ‖V_k‖ / ‖base‖ ,  p = Σ_k ⟨X̂, V_k⟩ / Σ_k ‖V_k‖² ,  q = 2.5 ‖x_rays‖ / mean_k ‖V_k‖
-    s = p / max(1, ‖Σ V_k‖² / Σ_k ‖V_k‖²) ,  f = 0.85 · reach / (K^(1/2) r^(1/10))
+    s = p / max(1, ‖Σ V_k‖² / Σ_k ‖V_k‖²) ,  f = 0.88 / (K^(1/2) (r · depth)^(1/3))
     output = base + λ · min(max(1.7 · s / r^(1/4), 0.16 · p^(1/2) / r)^α, f^α / p, q) · X̂ ,   X̂ = X · mean_k ‖V_k‖ / ‖X‖
 
 A matrix may always move by some share of its norm, 0.16 √p (a trust region: the loss is nearly linear there). Harsh fine-tunes are
@@ -11,9 +11,9 @@ followed by as much as X̂ holds of their sum (s, which is p where they have not
 reason to go further), a little less the further the furthest of them went.
 
 At 1/p the sources have made their own progress on the mean: more than that where they are weak and X̂, which is flat, is not, less
-where they are strong. WUDI's objective, which counts what each does to inputs like those that its own update was made for, is least
-near reach / (K^(1/2) p), where `reach` tells how uneven the axes were and every further source disturbs the others. Fine-tunes that
-moved little have not arrived and gain from going on in their direction; hence f, which has r in it. Without frames the bound is 1/p.
+where they are strong. Every further source disturbs the others, hence K. Fine-tunes that moved little have not arrived and gain from
+going on in their direction, and how much a model moved is what its layers moved, one after the other: hence r · depth. Without frames
+the bound is 1/p.
 Nor does a matrix move by more than 2.5 times what the rays left (q).
 All sums are kept in float64.
 """
@@ -31,7 +31,7 @@ from yeam.compiled import Array, Values
 if TYPE_CHECKING:
     from torch import Tensor
 
-REACH, REGION, BEYOND, LEAVE = 1.7, 0.16, 0.85, 2.5  # chosen on four families; the README tells how
+REACH, REGION, BEYOND, LEAVE = 1.7, 0.16, 0.88, 2.5  # chosen on four families; the README tells how
 LEAST_PROGRESS = 1e-3
 
 
@@ -123,18 +123,18 @@ def progress_along(along_K: Values, gram_KK: Values) -> float:
     return float(along_K.sum()) / total if total > 0 else 0.0
 
 
-def step_length(moments: Moments, *, alpha: float, progress: float, reach: float | None = None) -> float:
+def step_length(moments: Moments, *, alpha: float, progress: float, depth: int | None = None) -> float:
     """The factor on X̂ for a matrix: min(max(1.7 · s / r^(1/4), 0.16 · p^(1/2) / r)^α, f^α / p, q).
 
-    progress: p of X̂; one of 0 or less counts as 0.001 in the law and sets no bound. reach: of what the frames did (`Axes.reach`),
-    None where they did nothing: f is 1 then. With a base of norm 0 (the origin) alpha must be 0.
+    progress: p of X̂; one of 0 or less counts as 0.001 in the law and sets no bound. depth: layers of the model, None where
+    no frames made X̂ flat: f is 1 then. With a base of norm 0 (the origin) alpha must be 0.
     """
     scale = unbound_length(moments, alpha=alpha, progress=progress)
     if progress <= 0:
         return scale
     beyond = 1.0
-    if reach is not None and moments.base_square > 0:
-        beyond = BEYOND * reach / len(moments.gram_KK) ** 0.5 / moments.displacement**0.1
+    if depth is not None and moments.base_square > 0:
+        beyond = BEYOND / len(moments.gram_KK) ** 0.5 / (moments.displacement * depth) ** (1 / 3)
     return float(min(scale, beyond**alpha / progress))
 
 

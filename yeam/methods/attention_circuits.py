@@ -52,7 +52,7 @@ class Update:
     square: float = 0.0
     scale: float = 0.0
     alpha: float = 0.0
-    reach: float | None = None
+    depth: int | None = None  # where frames made it flat
     grams: list[tuple[Tensor, ...]] = field(default_factory=list)  # base·base, base·update, update·update
 
 
@@ -159,9 +159,8 @@ def _spread(parts: Parts, part: Update, weight: Sequence[float], frames: Frames,
     the same share of the base."""
     import torch
 
-    from yeam.geometry.frames import Axes, noise_edge, spread_, spread_spectral_
+    from yeam.geometry.frames import noise_edge, spread_, spread_spectral_
 
-    axes = Axes()
     rounding = part.moments.rounding(weight, parts.tensor(part.name).rounding)
     size = parts.circuit.head_dim if part.name == "q" else len(part.point_RN)
     for matrix_RN in torch.split(part.point_RN, size):
@@ -171,11 +170,11 @@ def _spread(parts: Parts, part: Update, weight: Sequence[float], frames: Frames,
         edge = noise_edge(matrix_RN.shape, frames if isinstance(frames, int) else None)
         noise = (rounding + edge * part.moments.departure) / part.point_RN.numel()
         if frames == "spectral":
-            spread_spectral_(matrix_RN, alpha=part.alpha, noise=noise, axes=axes)
+            spread_spectral_(matrix_RN, alpha=part.alpha, noise=noise)
         elif frames != "none":
-            spread_(matrix_RN, alpha=part.alpha, width=frames, rounds=rounds, seed=seed, noise=noise, axes=axes)
+            spread_(matrix_RN, alpha=part.alpha, width=frames, rounds=rounds, seed=seed, noise=noise)
         matrix_RN.mul_(length / float(torch.linalg.vector_norm(matrix_RN)))
-    part.reach = axes.reach
+        part.depth = parts.inputs.depth if frames != "none" else None
 
 
 def _part(name: str, point_RN: Tensor, K: int) -> Update:
@@ -304,7 +303,7 @@ def _lengthen(part: Update, strength: float) -> None:
         if part.name == "q":
             part.scale = unbound_length(moments, alpha=part.alpha, progress=progress)
         else:
-            part.scale = step_length(moments, alpha=part.alpha, progress=progress, reach=part.reach)
+            part.scale = step_length(moments, alpha=part.alpha, progress=progress, depth=part.depth)
     part.scale *= strength
     part.point_RN.mul_(part.scale * unit)
     part.grams = [(bb, bx * (part.scale * unit), xx * (part.scale * unit) ** 2) for bb, bx, xx in part.grams]

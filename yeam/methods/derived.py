@@ -27,6 +27,7 @@ class _Wrapped:
     def __init__(self, inputs: Inputs) -> None:
         self.name = inputs.name
         self.role = inputs.role
+        self.depth = inputs.depth
         self.shape = inputs.shape
         self.K = inputs.K
         self.has_base = inputs.has_base

@@ -184,29 +184,24 @@ def _matrix(
         _record(inputs, moments, 0.0, 0.0)
         yield from _base(inputs, start, stop)
         return
-    from yeam.geometry.frames import (  # torch comes with them, after a pass without it
-        Axes,
-        noise_edge,
-        spread_,
-        spread_spectral_,
-    )
+    # torch comes with these, after a pass without it
+    from yeam.geometry.frames import noise_edge, spread_, spread_spectral_
 
     inputs.tensors()
     point_MN = tensor(held_MN)
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
     edge = noise_edge(point_MN.shape, frames if isinstance(frames, int) else None)
     noise = (moments.rounding(weight, inputs.rounding) + edge * moments.departure) / (rows * columns)
-    axes = Axes()
     if frames == "spectral":
-        spread_spectral_(point_MN, alpha=alpha, noise=noise, axes=axes)
+        spread_spectral_(point_MN, alpha=alpha, noise=noise)
     elif frames != "none":
-        spread_(point_MN, alpha=alpha, width=frames, rounds=rounds, seed=seed, noise=noise, axes=axes)
+        spread_(point_MN, alpha=alpha, width=frames, rounds=rounds, seed=seed, noise=noise)
     along = Along(inputs.K)
     for part in parts(inputs, start, stop):
         along.add(part, weight, flat_T[part.start - start : part.stop - start])
     unit = moments.mean_norm / along.square**0.5
     progress = progress_along(along.sources_K * unit, moments.gram_KK)
-    scale = step_length(moments, alpha=alpha, progress=progress, reach=axes.reach)
+    scale = step_length(moments, alpha=alpha, progress=progress, depth=inputs.depth)
     _record(inputs, moments, strength * scale * moments.mean_norm, scale)
     for part in parts(inputs, start, stop, base_only=True):
         yield followed(part, flat_T[part.start - start : part.stop - start], strength * scale * unit)

@@ -72,7 +72,8 @@ class _Alike:
 
 def _kind(outlined: Outlined, owners: Sequence[Owner]) -> tuple[Any, ...]:
     """What the job of a tensor follows from, beside its parameters: names and layers are not part of it."""
-    return outlined.meaning.role, outlined.meaning.roles, *[seat.member.kind(name) for seat, name in owners]
+    meaning, depth = outlined.meaning, owners[0][0].member.depth
+    return meaning.role, meaning.roles, depth, *[seat.member.kind(name) for seat, name in owners]
 
 
 def _first_of(
@@ -114,6 +115,7 @@ def _first_of(
         exact=_is_exact(loaded, method),
         roles=tuple(sorted(outlined.meaning.roles)),
         layer=outlined.layer,
+        depth=first.member.depth,
         resident=resident_bytes(method, info.shape, len(sources), values, work),
     )
     assert job.nbytes >= 0  # asked for once, and known of all that are made from it

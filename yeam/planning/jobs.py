@@ -51,9 +51,9 @@ class Job:
     `dtype` is the output's safetensors code, `work` the dtype of the arithmetic, `exact` whether every operation
     rounds to it as in mergekit. `method` is a registered merge method
     or `copy`, which writes the single source's values unchanged. `parameters` are validated and resolved for this
-    tensor; those that each model has its own of hold one value a source. `companions` are further tensors that the
-    method reads, by the name under which it knows them. `shard`, `begin`, `end` are the exact bytes in the output (-1
-    before layout).
+    tensor; those that each model has its own of hold one value a source. `depth` is how many layers the model has.
+    `companions` are further tensors that the method reads, by the name under which it knows them. `shard`, `begin`,
+    `end` are the exact bytes in the output (-1 before layout).
     """
 
     name: str
@@ -68,6 +68,7 @@ class Job:
     exact: bool = False
     roles: tuple[str, ...] = ()
     layer: int | None = None
+    depth: int = 1
     resident: int = 0
     companions: Mapping[str, Companion] = field(default_factory=dict)
     shard: int = -1

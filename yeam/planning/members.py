@@ -133,6 +133,11 @@ class Member:
     def info(self, name: str) -> TensorInfo:
         return self.checkpoint.tensors[name]
 
+    @cached_property
+    def depth(self) -> int:
+        """Layers of the tallest stack, at least 1."""
+        return max((stack.count for stack in self.anatomy.stacks.values()), default=1)
+
     def kind(self, name: str) -> tuple[str, tuple[int, ...], str]:
         """A tensor's dtype as it is read, its shape, and its `natural_dtype`."""
         checkpoint = self.checkpoint

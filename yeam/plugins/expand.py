@@ -46,6 +46,7 @@ def expand(plan: Plan, context: PluginContext, *, to: str) -> Plan:
                 work=info.dtype,
                 roles=tuple(sorted(meaning.roles)),
                 layer=meaning.layer,
+                depth=expanded.depth,
             )
         )
     return replace(plan, jobs=tuple(jobs), config=_config(host.checkpoint.config, plan.config, host.anatomy.text_path))
