@@ -100,6 +100,6 @@ def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0, de
     shared = max(1.0, float(delta_K.sum(0).square().sum() / norms_K.square().sum()))
     scale = min(max(1.7 * found / shared / displacement**0.25, 0.16 * found**0.5 / displacement) ** alpha, longest)
     if progress > 0:
-        beyond = min(0.88 / (displacement * depth) ** (1 / 3), 2.7) / len(delta_K) ** 0.5 if width else 1.0
+        beyond = min(0.78 / (displacement * depth) ** 0.4, 2.7) / len(delta_K) ** 0.5 if width else 1.0
         scale = min(scale, beyond**alpha / progress)
     return base + lam * scale * x

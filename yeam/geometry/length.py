@@ -3,7 +3,7 @@
 Legend: K sources, T elements of a tile.
 
     r = max_k ‖V_k‖ / ‖base‖ ,  p = Σ_k ⟨X̂, V_k⟩ / Σ_k ‖V_k‖² ,  q = 2.5 ‖x_rays‖ / mean_k ‖V_k‖
-    s = p / max(1, ‖Σ V_k‖² / Σ_k ‖V_k‖²) ,  f = min(0.88 / (r · depth)^(1/3), 2.7) / K^(1/2)
+    s = p / max(1, ‖Σ V_k‖² / Σ_k ‖V_k‖²) ,  f = min(0.78 / (r · depth)^(2/5), 2.7) / K^(1/2)
     output = base + λ · min(max(1.7 · s / r^(1/4), 0.16 · p^(1/2) / r)^α, f^α / p, q) · X̂ ,   X̂ = X · mean_k ‖V_k‖ / ‖X‖
 
 A matrix may always move by some share of its norm, 0.16 √p (a trust region: the loss is nearly linear there). Harsh fine-tunes are
@@ -31,7 +31,7 @@ from yeam.compiled import Array, Values
 if TYPE_CHECKING:
     from torch import Tensor
 
-REACH, REGION, BEYOND, MOST, LEAVE = 1.7, 0.16, 0.88, 2.7, 2.5  # chosen on four families; the README tells how
+REACH, REGION, BEYOND, MOST, LEAVE = 1.7, 0.16, 0.78, 2.7, 2.5  # chosen on four families; the README tells how
 LEAST_PROGRESS = 1e-3
 
 
@@ -134,7 +134,7 @@ def step_length(moments: Moments, *, alpha: float, progress: float, depth: int |
         return scale
     beyond = 1.0
     if depth is not None and moments.base_square > 0:
-        beyond = min(BEYOND / (moments.displacement * depth) ** (1 / 3), MOST) / len(moments.gram_KK) ** 0.5
+        beyond = min(BEYOND / (moments.displacement * depth) ** 0.4, MOST) / len(moments.gram_KK) ** 0.5
     return float(min(scale, beyond**alpha / progress))
 
 
