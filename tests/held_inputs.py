@@ -31,10 +31,11 @@ class HeldInputs:
         exact: bool = False,
         role: str = "other",
         stored: bool = False,
+        transposed: bool = False,
     ) -> None:
         self._stored = stored
         self.role = role
-        self.depth = 1
+        self.depth, self.transposed = 1, transposed
         self.name, self.shape, self.K, self.has_base = name, shape, len(sources_KT), base is not None
         self.device, self.dtype = sources_KT.device, sources_KT.dtype
         self.work = dtype_named(str(self.dtype)).code

@@ -71,8 +71,8 @@ def spread_columns(x_MN, width, alpha, generator, floor=1e-6, noise=0.0):
     return out_MN / out_MN.norm()
 
 
-def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0, depth=1):
-    """The merged tensor. delta_K = weight_k * (source_k - base), stacked; width=None skips the frames."""
+def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0, depth=1, transposed=False):
+    """The merged tensor. delta_K = weight_k * (source_k - base), stacked; width=None skips the frames; transposed: stored [in, out]."""
     x = rays(delta_K, softness)
     norms_K = delta_K.reshape(len(delta_K), -1).norm(dim=1)
     if float(x.norm()) == 0:
@@ -82,14 +82,15 @@ def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0, de
         return base + lam * min(1.0, longest) * x * norms_K.mean() / x.norm()
     alpha = 1 - agreement(delta_K) if float(base.norm()) > 0 else 0.0  # frames are for updates, not for whole weights
     spread = departure(x, delta_K)
-    x = meet(x, delta_K, seed=seed) if width and float(base.norm()) > 0 else x
+    if width and float(base.norm()) > 0:
+        x = meet(x.T, delta_K.mT, seed=seed).T if transposed else meet(x, delta_K, seed=seed)
     if width and alpha > 0:
         generator = torch.Generator().manual_seed(seed)
         edge = (1 + (min(width, *x.shape) / max(x.shape)) ** 0.5) ** 2
         noise = edge * spread / x.numel()
         for number in range(rounds):
             known = 0.0 if number else noise
-            if x.shape[1] <= x.shape[0]:
+            if x.shape[1] < x.shape[0] or (x.shape[1] == x.shape[0] and not transposed):
                 x = spread_columns(x, width, alpha, generator, noise=known)
             else:
                 x = spread_columns(x.T, width, alpha, generator, noise=known).T

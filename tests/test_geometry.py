@@ -6,6 +6,7 @@ Legend: K sources, T elements, M rows, N columns.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numba
 import pytest
@@ -37,12 +38,12 @@ def updates(K: int, T: int, seed: int, dtype: torch.dtype = torch.float64) -> Te
     return delta_KT.masked_fill_(empty.repeat_interleave(4, dim=1)[:, :T], 0.0)
 
 
-def merge(sources: Tensor, base: Tensor | None, tile: int = 1 << 18, **parameters) -> Tensor:
-    """The registered method `yeam` on tensors in memory, with its defaults unless told otherwise."""
+def merge(sources: Tensor, base: Tensor | None, tile: int = 1 << 18, served: Any = None, **parameters) -> Tensor:
+    """The registered method `yeam` on tensors in memory, with its defaults unless told otherwise; served: how `HeldInputs` serves them."""
     method = method_named("yeam")
     values = {p.keyword: p.default for p in method.parameters.values()}
     values |= {"weight": (1.0,) * len(sources)} | parameters
-    inputs = HeldInputs(sources, base, tuple(sources.shape[1:]), tile)
+    inputs = HeldInputs(sources, base, tuple(sources.shape[1:]), tile, **(served or {}))
     return outcome(method, inputs, values).view(sources.shape[1:])
 
 
@@ -408,3 +409,36 @@ def test_rows_meet_where_sources_use_different_inputs() -> None:
     update, expected = short.double() - base, reference.merge(base, delta) - base
     # the reference looks at all rows: axes of noise differ
     assert float(torch.nn.functional.cosine_similarity(update.flatten(), expected.flatten(), dim=0)) > 0.97
+
+
+@pytest.mark.parametrize(
+    ("K", "M", "N", "frames"),
+    [
+        (2, 40, 24, 256),
+        (3, 40, 200, "spectral"),
+        (2, 64, 64, 16),
+        (2, 64, 64, 256),
+        (2, 600, 1100, 256),
+        (3, 9100, 40, 16),
+    ],
+)  # the whole span, axes of one's own, a square, some outputs, fewer of them as there is no room for more
+def test_columns_meet_where_inputs_are_rows(K: int, M: int, N: int, frames: int | str) -> None:
+    """A matrix stored [in, out] becomes what the same one stored [out, in] becomes, by rays that turn nothing, as their blocks of four
+    lie along the rows of either; also as compiled loops read it, in tiles of any length."""
+    generator = torch.Generator().manual_seed(M)
+    strong = torch.randn(K, M, 6, generator=generator) @ torch.randn(K, 6, N, generator=generator)
+    delta = 0.05 * (strong + torch.randn(K, M, N, generator=generator))
+    base = torch.randn(M, N, generator=generator)
+    how = {"softness": 1e9, "frames": frames}
+    is_turned = {"transposed": True}
+    x, y = (base + delta).double(), base.double()
+    plain = merge(x.mT.contiguous(), y.T.contiguous(), **how).T - y
+    turned = merge(x, y, served=is_turned, **how) - y
+    if M != 9100:
+        torch.testing.assert_close(turned, plain, rtol=1e-5, atol=1e-6 * float(plain.norm()))
+    assert float((merge(x, y, **how) - y - plain).norm() / plain.norm()) > 1e-2
+    short, long = (
+        merge(x.float(), base, tile, served={**is_turned, "stored": True}, **how) for tile in (1 << 11, 1 << 20)
+    )
+    assert torch.equal(short, long)
+    assert float((short.double() - y - turned).norm() / turned.norm()) < 1e-2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import reference
 import torch
 import transformers as tf
-from conftest import UP, Llama
+from conftest import UP, Llama, save_model
 from merge_models import AUTO, CONFIGS, Tensors, build, close, entries, load, logits, mean, merged, save, tensors
 
 import yeam
@@ -38,9 +39,11 @@ def test_families(family: str, tmp_path: Path) -> None:
     yeam.merge({"merge_method": "yeam", "base_model": base, "models": entries(a, b)}, tmp_path / "yeam")
     load(tmp_path / "yeam", auto)
     ours, x, y, z = (tensors(tmp_path / name) for name in ("yeam", "base", "a", "b"))
+    turned = re.compile(r"\.c_\w+\.weight$" if family == "gpt2" else "$.")  # stored [in, out]
     plain = {
         name: reference.merge(
-            x[name].double(), torch.stack([y[name] - x[name], z[name] - x[name]]).double(), depth=2
+            x[name].double(), torch.stack([y[name] - x[name], z[name] - x[name]]).double(), depth=2,
+            transposed=bool(turned.search(name)),
         )
         .to(x[name].dtype)
         for name in x
@@ -49,6 +52,26 @@ def test_families(family: str, tmp_path: Path) -> None:
     for name in plain:  # frames divide by small eigenvalues: float32 keeps five digits of the whole update
         error = (ours[name] - plain[name]).norm() / (y[name] - x[name]).norm()
         assert error < 1e-4, (name, error)
+
+
+def test_stored_the_other_way(tmp_path: Path) -> None:
+    """GPT-2's matrices, stored [in, out], come out as those of a model that stores the same ones [out, in]; rays that turn
+    nothing, as their blocks of four lie along the rows of either."""
+    found: list[Tensors] = []
+    for is_turned in (False, True):
+        folders = []
+        for seed in (1, 2, 3):
+            own = tensors(save(build(CONFIGS["gpt2"](), seed), tmp_path / f"{seed}"))
+            if is_turned:
+                own = {n: x.T.contiguous() if re.search(r"\.c_\w+\.weight$", n) else x for n, x in own.items()}
+            config = {"model_type": "nobody-knows"} if is_turned else CONFIGS["gpt2"]().to_dict()
+            folders.append(save_model(tmp_path / f"{seed}-{is_turned}", own, config))
+        keys = {"base_model": str(folders[0]), "parameters": {"softness": 1e7}}
+        found.append(merged(tmp_path / f"out-{is_turned}", "yeam", entries(*folders[1:]), **keys))
+    base = tensors(tmp_path / "1")
+    for name, x in found[0].items():
+        other = found[1][name].T if re.search(r"\.c_\w+\.weight$", name) else found[1][name]
+        assert (x - other).norm() / (x - base[name]).norm() < 1e-4, name
 
 
 def test_linear_parameters(tmp_path: Path, llama: Llama) -> None:

@@ -187,7 +187,8 @@ class JobInputs:
         self._job, self._totals = job, totals
         self._key = "" if companion is None else companion[0]
         self._own: Job | Companion = job if companion is None else companion[1]
-        self.name, self.role, self.depth, self.work = job.name, job.role, job.depth, job.work
+        self.name, self.role, self.work = job.name, job.role, job.work
+        self.depth, self.transposed = job.depth, job.transposed
         self.shape = self._own.shape
         self.K = len(self._own.sources)
         self.has_base = self._own.base is not None

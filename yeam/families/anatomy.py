@@ -38,6 +38,11 @@ class Meaning:
     view: View | None = None
     vocab_axis: int | None = None
 
+    @property
+    def transposed(self) -> bool:
+        """Whether it is stored [in, out]."""
+        return self.view is not None and self.view.transposed
+
 
 @dataclass(frozen=True)
 class Anatomy:

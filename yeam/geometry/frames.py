@@ -31,19 +31,21 @@ def spread_(
     rounds: int = 1,
     seed: int = 0,
     noise: float = 0.0,
+    square_rows: bool = False,
 ) -> Tensor:
-    """Equalise x_MN inside frames of `width` axes of its shorter side (its columns where it is square), in place, up to a scale.
+    """Equalise x_MN inside frames of `width` axes of its shorter side, in place, up to a scale; where it is square its columns, or
+    its rows with `square_rows`.
 
     x_MN: [M, N], contiguous, float32 or float64, not all zero. The scale is for the caller to set afterwards. alpha: 0 leaves it alone,
     1 flattens every frame. rounds: how often the axes are regrouped. seed: of the permutations, drawn on the CPU so that every device
     sees the same ones. noise: the mean square of what is no update in x_MN's elements, rounding and the like; axes that
     hold little else are spread less.
-    Returns x_MN. Memory beyond x_MN: about 3 · min(M, N) · width elements and a band of rows.
+    Returns x_MN. Memory beyond x_MN: about 3 · min(M, N) · width elements and a band of rows; for frames of rows 3 · N · width more.
     """
     if alpha == 0:
         return x_MN
     generator = torch.Generator().manual_seed(seed)
-    if x_MN.shape[1] <= x_MN.shape[0]:
+    if x_MN.shape[1] < x_MN.shape[0] + (not square_rows):
         _spread_columns_(x_MN, alpha, width, rounds, generator, noise * x_MN.shape[0])
     else:
         _spread_rows_(x_MN, alpha, width, rounds, generator, noise * x_MN.shape[1])

@@ -1,7 +1,7 @@
 """Where whole rows meet: the planes of the rays once more, in the axes of the inputs that the sources use most.
 
-Legend: K sources, N columns, S rows of a sample, T elements of a tile, B rows of a band (which is how a matrix is cut), R axes, r axes of
-one source, C sources but the last.
+Legend: K sources, N columns, M rows, S rows of a sample, T elements of a tile, B rows of a band (which is how a matrix is cut), R axes,
+r axes of one source, C sources but the last.
 
 An update's rows lie in the span of the inputs that its fine-tune saw, so C_k = V_kᵀV_k / ‖V_k‖² tells how much source k makes of an input
 (WUDI, Cheng et al. 2025; RegMean, Jin et al. 2023). With e = K/N, the mean eigenvalue of Σ C_k, the point where
@@ -14,6 +14,8 @@ P_k is reckoned in the span Q of the sources' strongest r axes and is 1/K elsewh
     Σ_k V_k Q (K · QᵀP_kQ − I) Qᵀ .
 
 Sources that agree, or a single one, are left alone. Axes and C_k are found from a sample of the rows: both are sums over rows.
+
+All that is for weights stored as [out, in], whose rows are the outputs. Of those stored as [in, out] the columns are: `TurnedMeeting`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,13 @@ _BAND = 1 << 17  # elements of a band of rows
 _SAME = 1e-3  # squared sine of axes that count as one
 
 
+def band(columns: int) -> int:
+    """T of the pieces in which a matrix of so many columns is to be given to `add_`, so that the result does not depend on how it is
+    cut: whole rows, and a multiple of 2,048 elements."""
+    unit = math.lcm(columns, 2048)
+    return unit * max(1, _BAND // unit)
+
+
 class Meeting:
     """axes_NR: Q, orthonormal; shares_CRR: signal · (K · QᵀP_kQ − I) of all sources but the last, which add up to nothing with its."""
 
@@ -38,6 +47,7 @@ class Meeting:
         the point is moved by that much less. seed: of the sketch, drawn on the CPU. A source that is zero in the sample
         has no axes of its own and no share in those of others."""
         K, _, columns = sample_KSN.shape
+        self.band = band(columns)
         self.axes_NR = _strong_axes(sample_KSN, min(AXES, max(1, MOST_AXES // K)), seed)
         used_KSR = sample_KSN @ self.axes_NR
         square_K = (
@@ -52,14 +62,6 @@ class Meeting:
         part_CRR = moment_KRR[:-1] + extra / K * one_RR
         self.shares_CRR = signal * (K * torch.linalg.solve(whole_RR.expand_as(part_CRR), part_CRR, left=False) - one_RR)
 
-    @property
-    def band(self) -> int:
-        """T of the pieces in which `add_` is to be given a matrix, so that the result does not depend on how it is cut: whole rows, and
-        a multiple of 2,048 elements."""
-        columns = len(self.axes_NR)
-        unit = math.lcm(columns, 2048)
-        return unit * max(1, _BAND // unit)
-
     def add_(self, contrast_CT: Tensor, point_T: Tensor) -> Tensor:
         """Move the rays' point of whole rows [T], in place.
 
@@ -69,6 +71,42 @@ class Meeting:
         used_CBR = contrast_CBN @ self.axes_NR
         point_T.view_as(contrast_CBN[0]).addmm_((used_CBR @ self.shares_CRR).sum(dim=0), self.axes_NR.T)
         return point_T
+
+    def end_(self, point_MN: Tensor) -> Tensor:
+        """Move what could not be moved before all rows were there, in place: here nothing."""
+        return point_MN
+
+
+class TurnedMeeting(Meeting):
+    """Where the columns of a matrix stored as [in, out] meet: M inputs, N outputs.
+
+    What an output makes of the axes is a sum over rows here. It is gathered as Σ_k (Q S_k)ᵀ D_k [R, N], S_k being the shares and D_k the
+    sources' contrasts, and Q times that moves the point when all rows have been there.
+    """
+
+    def __init__(self, sample_KSM: Tensor, columns: int, signal: float = 1.0, seed: int = 0) -> None:
+        """sample_KSM: some columns of the updates, each as a row; signal and seed as for `Meeting`. columns: N."""
+        super().__init__(sample_KSM, signal, seed)
+        self.band = band(columns)
+        self._rows = 0  # that have been there
+        self._gathered_RN = sample_KSM.new_zeros(self.axes_NR.shape[1], columns)
+
+    def add_(self, contrast_CT: Tensor, point_T: Tensor) -> Tensor:
+        """Gather of whole rows [T] what moves the point, which is left as it is. To be given all rows, in order.
+
+        contrast_CT: [K − 1, T], as for `Meeting`.
+        """
+        C, columns = len(contrast_CT), self._gathered_RN.shape[1]
+        rows = contrast_CT.shape[1] // columns
+        axes_BR = self.axes_NR[self._rows : self._rows + rows]
+        self._rows += rows
+        lead_CBR = axes_BR @ self.shares_CRR
+        self._gathered_RN.addmm_(lead_CBR.flatten(0, 1).T, contrast_CT.view(C * rows, columns))
+        return point_T
+
+    def end_(self, point_MN: Tensor) -> Tensor:
+        """Move the rays' point, in place."""
+        return point_MN.addmm_(self.axes_NR, self._gathered_RN)
 
 
 def _strong_axes(sample_KSN: Tensor, rank: int, seed: int) -> Tensor:

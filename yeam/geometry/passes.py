@@ -2,7 +2,7 @@
 
 On the CPU in float32 both are compiled kernels (`yeam.geometry.kernels`), anywhere else they are torch.
 
-Legend: K sources, T elements of a tile.
+Legend: K sources, T elements of a tile; V rows and S words as in `yeam.stored`, R rows and N columns of a matrix.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def resolve(
     """The point where the rays of the updates meet, in out_T [T], which is returned; `moments` take the tile in.
 
     part: of K ≥ 2 sources, contiguous, may be overwritten; weight: K numbers. Tiles that begin at multiples of 2,048
-    give the same sums however long they are. meeting: moves the point afterwards; a tile is of whole bands of it then, or ends the matrix.
+    give the same sums however long they are. meeting: is shown the updates, and the point to move; a tile is of whole bands of it then, or
+    ends the matrix.
     """
     if isinstance(part, Tile) and not is_compiled(part.sources_KT):
         from yeam.geometry.rays import ray_point
@@ -92,6 +93,29 @@ def updates_of(part: Tile | StoredTile, weight: Sequence[float]) -> tuple[Tensor
         if factor != 1.0:
             delta_KT[k] *= np.float32(factor)
     return tensor(delta_KT), tensor(base_T)
+
+
+def columns_of(
+    part: Tile | StoredTile, columns: int, spans: Sequence[tuple[int, int]], at: int, stop: int
+) -> Tile | StoredTile:
+    """Elements [at, stop) of a tile, both counted from its beginning, without all but some columns, in memory of their own.
+
+    columns: of the matrix, whose whole rows these are. spans: (first, last + 1) of those that stay.
+    """
+    rows = (stop - at) // columns
+    size = rows * sum(last - first for first, last in spans)
+    if isinstance(part, StoredTile):
+        words = 2 if part.kind == KINDS["F32"] else 1  # of an element
+        word_VRS = part.word_VS[:, at * words : stop * words].reshape(len(part.word_VS), rows, -1)
+        chosen = [word_VRS[:, :, first * words : last * words] for first, last in spans]
+        return StoredTile(0, size, np.concatenate(chosen, axis=2).reshape(len(word_VRS), -1), part.kind)
+    import torch
+
+    def of_rows(x_VT: Tensor) -> Tensor:
+        x_VRN = x_VT[:, at:stop].view(-1, rows, columns)
+        return torch.cat([x_VRN[:, :, first:last] for first, last in spans], dim=2).flatten(1)
+
+    return Tile(0, size, of_rows(part.sources_KT), None if part.base_T is None else of_rows(part.base_T[None])[0])
 
 
 class Along:

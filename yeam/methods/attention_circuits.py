@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from yeam.methods.attention_parts import WEIGHTS, Circuit, Parts
 from yeam.methods.attention_report import head_grams, report
-from yeam.methods.yeam import LEAST_SIDE, Frames, sample_rows
+from yeam.methods.meeting import sample_rows
+from yeam.methods.yeam import LEAST_SIDE, Frames
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -28,6 +28,7 @@ class _Wrapped:
         self.name = inputs.name
         self.role = inputs.role
         self.depth = inputs.depth
+        self.transposed = inputs.transposed
         self.shape = inputs.shape
         self.K = inputs.K
         self.has_base = inputs.has_base

@@ -41,17 +41,18 @@ class StoredTile:
 class Inputs(Protocol):
     """The inputs of one output tensor, as the engine serves them.
 
-    name, role: of the output tensor. depth: layers of its model. shape: of the tensor. K: number of sources. has_base: whether tiles
-    carry the base. device and dtype: of the tiles (float32; float64 where an input is stored so; the storage dtype under `math:
-    exact`). work: that dtype as a safetensors header names it; whoever asks for device or dtype imports torch. exact: whether every
-    operation is to round to that dtype in mergekit's order, as it always does in half precision. rounding: for each source, the mean square
-    error that its storage dtype has left in it, as a share of its mean square (`DType.rounding`). companions: further tensors
-    of the same sources and base that a plugin gave the job, by name.
+    name, role: of the output tensor. depth: layers of its model. transposed: whether that stores the matrix as [in, out]. shape: of the
+    tensor. K: number of sources. has_base: whether tiles carry the base. device and dtype: of the tiles (float32; float64 where an
+    input is stored so; the storage dtype under `math: exact`). work: that dtype as a safetensors header names it; whoever asks for
+    device or dtype imports torch. exact: whether every operation is to round to that dtype in mergekit's order, as it always does in
+    half precision. rounding: for each source, the mean square error that its storage dtype has left in it, as a share of its mean
+    square (`DType.rounding`). companions: further tensors of the same sources and base that a plugin gave the job, by name.
     """
 
     name: str
     role: str
     depth: int
+    transposed: bool
     shape: tuple[int, ...]
     K: int
     has_base: bool

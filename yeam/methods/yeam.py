@@ -15,16 +15,14 @@ from annotated_types import Ge, Gt
 
 from yeam.compiled import tensor
 from yeam.methods.inputs import Inputs, StoredTile, Tile, is_stored, parts
+from yeam.methods.meeting import meeting_of, sample_size
 from yeam.methods.registry import PerSource, Whole, merge_method
 
 if TYPE_CHECKING:
     from yeam.compiled import Result, Values
-    from yeam.geometry.meeting import Meeting
 
 PANEL_ROWS = 16_384
 LEAST_SIDE = 8
-SAMPLE, LEAST_ROWS = 1 << 20, 128  # elements of all sources that tell what these make of their inputs, rows at least
-SAMPLE_RUNS = 16  # of consecutive rows
 HELD_BYTES = 128 << 20  # without frames, points of a tensor up to this size are kept and not computed again
 
 ROUNDS: dict[int | str, int] = {4: 4, 16: 2, 64: 2}  # of regrouping; wider frames need one
@@ -36,7 +34,8 @@ def panels(shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
     """(first element, rows, columns) of the matrices that frames see in a tensor; empty where it has none.
 
     A matrix with both sides ≥ 8 is one panel; one of more than 16,384 rows is cut into equal panels of at most that height, each
-    treated as a matrix of its own, so that memory stays bounded. A stack [S, M, N] (packed experts) is S matrices.
+    treated as a matrix of its own, so that memory stays bounded: of outputs of its own, or of inputs where it is stored as [in, out].
+    A stack [S, M, N] (packed experts) is S matrices.
     """
     if len(shape) not in (2, 3) or min(shape[-2:]) < LEAST_SIDE:
         return []
@@ -48,11 +47,6 @@ def panels(shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
         for s in range(math.prod(shape[:-2]))
         for top, bottom in pairwise(edges)
     ]
-
-
-def sample_rows(K: int, rows: int, columns: int) -> int:
-    """How many rows of a matrix are looked at for what the sources make of their inputs."""
-    return min(rows, max(LEAST_ROWS, SAMPLE // (K * columns)))
 
 
 def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
@@ -67,8 +61,8 @@ def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
         working = 4 * min(rows, columns) ** 2
     else:
         working = 4 * min(rows, columns) * frames
-        working += 3 * columns * frames if rows < columns else 0  # a frame of rows is gathered whole
-    return 4 * (rows * columns + max(working, (K + 1) * sample_rows(K, rows, columns) * columns))
+        working += 3 * columns * frames if rows <= columns else 0  # a frame of rows is gathered whole
+    return 4 * (rows * columns + max(working, sample_size(K, rows, columns)))
 
 
 @merge_method("yeam", base="optional", needs=Whole, resident=_resident, exact=False)
@@ -174,7 +168,7 @@ def _matrix(
     held_MN = _held(inputs, rows, columns)
     flat_T = held_MN.reshape(-1)
     moments = Moments.of(inputs.K)
-    meeting = _meeting(inputs, start, rows, columns, weight, seed)
+    meeting = meeting_of(inputs, (start, rows, columns), weight, seed, flat_T)
     for part in parts(inputs, start, stop, unit=meeting.band if meeting else 1):
         resolve(part, weight, softness, moments, flat_T[part.start - start : part.stop - start], meeting)
     if not math.isfinite(moments.point_square):
@@ -189,13 +183,17 @@ def _matrix(
 
     inputs.tensors()
     point_MN = tensor(held_MN)
+    if meeting:
+        meeting.end_(point_MN)
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
     edge = noise_edge(point_MN.shape, frames if isinstance(frames, int) else None)
     noise = (moments.rounding(weight, inputs.rounding) + edge * moments.departure) / (rows * columns)
     if frames == "spectral":
         spread_spectral_(point_MN, alpha=alpha, noise=noise)
     elif frames != "none":
-        spread_(point_MN, alpha=alpha, width=frames, rounds=rounds, seed=seed, noise=noise)
+        spread_(
+            point_MN, alpha=alpha, width=frames, rounds=rounds, seed=seed, noise=noise, square_rows=inputs.transposed
+        )
     along = Along(inputs.K)
     for part in parts(inputs, start, stop):
         along.add(part, weight, flat_T[part.start - start : part.stop - start])
@@ -205,41 +203,6 @@ def _matrix(
     _record(inputs, moments, strength * scale * moments.mean_norm, scale)
     for part in parts(inputs, start, stop, base_only=True):
         yield followed(part, flat_T[part.start - start : part.stop - start], strength * scale * unit)
-
-
-def _meeting(
-    inputs: Inputs, start: int, rows: int, columns: int, weight: PerSource[float], seed: int
-) -> Meeting | None:
-    """What the sources make of their inputs, from runs of rows all over the matrix; None where they do not move in these."""
-    inputs.tensors()
-    import torch
-
-    from yeam.geometry.length import Moments
-    from yeam.geometry.meeting import Meeting
-    from yeam.geometry.passes import updates_of
-
-    count = sample_rows(inputs.K, rows, columns)
-    runs = SAMPLE_RUNS if count < rows else 1
-    edges = [count * i // runs for i in range(runs + 1)]
-    sample_VSN = torch.empty(
-        (inputs.K + 1, count, columns), dtype=inputs.dtype, device=inputs.device
-    )  # and of the base
-    flat_VT = sample_VSN.view(inputs.K + 1, -1)
-    for number, (first, last) in enumerate(pairwise(edges)):
-        top = (rows - (last - first)) * number // max(1, runs - 1)
-        begin = start + top * columns
-        for part in parts(inputs, begin, begin + (last - first) * columns):
-            delta_KT, base_T = updates_of(part, weight)
-            at = part.start - begin + first * columns
-            here_VT = flat_VT[:, at : at + part.stop - part.start]
-            here_VT[:-1], here_VT[-1] = delta_KT, base_T
-    moments = Moments.of(inputs.K)
-    *square_K, moments.squares_2[0] = torch.linalg.vector_norm(flat_VT, dim=1).double().square().tolist()
-    np.fill_diagonal(moments.gram_KK, square_K)
-    total = float(moments.gram_KK.sum())
-    if not 0 < total < math.inf:
-        return None
-    return Meeting(sample_VSN[:-1], 1 - moments.rounding(weight, inputs.rounding) / total, seed)
 
 
 def _mean(inputs: Inputs, start: int, stop: int, weight: PerSource[float], strength: float) -> Iterator[Result]:

@@ -73,7 +73,7 @@ class _Alike:
 def _kind(outlined: Outlined, owners: Sequence[Owner]) -> tuple[Any, ...]:
     """What the job of a tensor follows from, beside its parameters: names and layers are not part of it."""
     meaning, depth = outlined.meaning, owners[0][0].member.depth
-    return meaning.role, meaning.roles, depth, *[seat.member.kind(name) for seat, name in owners]
+    return meaning.role, meaning.roles, meaning.transposed, depth, *[seat.member.kind(name) for seat, name in owners]
 
 
 def _first_of(
@@ -116,6 +116,7 @@ def _first_of(
         roles=tuple(sorted(outlined.meaning.roles)),
         layer=outlined.layer,
         depth=first.member.depth,
+        transposed=outlined.meaning.transposed,
         resident=resident_bytes(method, info.shape, len(sources), values, work),
     )
     assert job.nbytes >= 0  # asked for once, and known of all that are made from it

@@ -51,7 +51,8 @@ class Job:
     `dtype` is the output's safetensors code, `work` the dtype of the arithmetic, `exact` whether every operation
     rounds to it as in mergekit. `method` is a registered merge method
     or `copy`, which writes the single source's values unchanged. `parameters` are validated and resolved for this
-    tensor; those that each model has its own of hold one value a source. `depth` is how many layers the model has.
+    tensor; those that each model has its own of hold one value a source. `depth` is how many layers the model has,
+    `transposed` whether it stores this matrix as [in, out].
     `companions` are further tensors that the method reads, by the name under which it knows them. `shard`, `begin`,
     `end` are the exact bytes in the output (-1 before layout).
     """
@@ -69,6 +70,7 @@ class Job:
     roles: tuple[str, ...] = ()
     layer: int | None = None
     depth: int = 1
+    transposed: bool = False
     resident: int = 0
     companions: Mapping[str, Companion] = field(default_factory=dict)
     shard: int = -1

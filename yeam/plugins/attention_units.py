@@ -169,8 +169,7 @@ def _places(site: str, job: Job, meaning: Meaning) -> dict[str, Place]:
         for side in job.shape:
             rows *= side
         return {f"{name}{dot}{bias}": Place("", 0, ((0, rows),))}
-    transposed = meaning.view is not None and meaning.view.transposed
-    axis = int(transposed != (name == "o")) if not bias else 0
+    axis = int(meaning.transposed != (name == "o")) if not bias else 0
     if len(names) == 1:
         return {name: Place("", axis, ((0, job.shape[axis]),))} if len(job.shape) == 2 else {}
     if meaning.view is None or meaning.view.experts:

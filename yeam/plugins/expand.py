@@ -47,6 +47,7 @@ def expand(plan: Plan, context: PluginContext, *, to: str) -> Plan:
                 roles=tuple(sorted(meaning.roles)),
                 layer=meaning.layer,
                 depth=expanded.depth,
+                transposed=meaning.transposed,
             )
         )
     return replace(plan, jobs=tuple(jobs), config=_config(host.checkpoint.config, plan.config, host.anatomy.text_path))

@@ -280,8 +280,7 @@ def _injected(
     meaning = target.anatomy.tensors.get(own.tensor)
     heads: dict[str, int] = {}
     if widths is not None and meaning is not None and meaning.role in (*_HEADS_OF_ROWS, "o"):
-        flipped = meaning.view is not None and meaning.view.transposed
-        by_rows = (meaning.role != "o") != flipped
+        by_rows = (meaning.role != "o") != meaning.transposed
         heads = {"head_rows" if by_rows else "head_columns": widths.head_dim}
     sources = (own, *(inputs if base is None else inputs[:-1]))
     origin = None if base is None else inputs[-1]

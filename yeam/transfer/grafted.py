@@ -69,9 +69,9 @@ class GraftedCheckpoint(Checkpoint):
         parts = self._parts.get(info.name)
         if parts is None:
             return TensorInfo(info.name, self._code, info.shape) if info.storage.is_float else info
-        view, shape = self._host.anatomy.tensors[info.name].view, list(info.shape)
+        shape = list(info.shape)
         side = (1 if "down" in parts else 0) if len(shape) > 1 else 0
-        if view is not None and view.transposed and len(shape) > 1:
+        if self._host.anatomy.tensors[info.name].transposed and len(shape) > 1:
             side = 1 - side
         shape[side] += self.added * len(parts)
         return TensorInfo(info.name, self._code, tuple(shape))
