@@ -25,7 +25,12 @@ from quality.strength import COARSE, FINE
 from quality.tuning import Regime, fine_tune
 
 FULL = (Regime("short", 100, 2e-4, 8), Regime("long", 400, 1e-3, 8), Regime("lora", 200, 2e-3, 8, lora=True))
-PRETRAINED = (Regime("short", 40, 5e-5, 4), Regime("long", 200, 2e-4, 4), Regime("lora", 80, 5e-4, 4, lora=True))
+PRETRAINED = (
+    Regime("short", 40, 5e-5, 4),
+    Regime("long", 200, 2e-4, 4),
+    Regime("far", 300, 5e-4, 4),
+    Regime("lora", 80, 5e-4, 4, lora=True),
+)
 GEMMA = tuple(replace(r, rate=r.rate / 5) for r in PRETRAINED)
 """Twenty steps at 5e-5 went past the least loss: 0.6 times such an update gains more than the expert itself."""
 
