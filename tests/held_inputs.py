@@ -32,10 +32,11 @@ class HeldInputs:
         role: str = "other",
         stored: bool = False,
         transposed: bool = False,
+        depth: int = 1,
     ) -> None:
         self._stored = stored
         self.role = role
-        self.depth, self.transposed = 1, transposed
+        self.depth, self.transposed = depth, transposed
         self.name, self.shape, self.K, self.has_base = name, shape, len(sources_KT), base is not None
         self.device, self.dtype = sources_KT.device, sources_KT.dtype
         self.work = dtype_named(str(self.dtype)).code

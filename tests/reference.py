@@ -82,6 +82,21 @@ def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0, de
         return base + lam * min(1.0, longest) * x * norms_K.mean() / x.norm()
     alpha = 1 - agreement(delta_K) if float(base.norm()) > 0 else 0.0  # frames are for updates, not for whole weights
     spread = departure(x, delta_K)
+    displacement = max(float(norms_K.max() / base.norm().clamp(min=1e-300)), 1e-12)
+    shared = max(1.0, float(delta_K.sum(0).square().sum() / norms_K.square().sum()))
+
+    def progress_of(x):
+        return float((x * delta_K.sum(0)).sum() / norms_K.square().sum())
+
+    def law(progress):
+        found = max(progress, 1e-3)
+        return max(1.7 * found / shared / displacement**0.25, 0.16 * found**0.5 / displacement)
+
+    beyond = min(0.78 / (displacement * depth) ** 0.4, 2.7)
+    share = max(progress_of(x * norms_K.mean() / x.norm()), 1e-3)
+    flat = 1.0
+    if float(base.norm()) > 0:
+        flat = min(1.0, max(beyond / 2.7, beyond / (0.3 * len(delta_K) ** 0.5 * share * law(share))))
     if width and float(base.norm()) > 0:
         x = meet(x.T, delta_K.mT, seed=seed).T if transposed else meet(x, delta_K, seed=seed)
     if width and alpha > 0:
@@ -91,16 +106,13 @@ def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0, de
         for number in range(rounds):
             known = 0.0 if number else noise
             if x.shape[1] < x.shape[0] or (x.shape[1] == x.shape[0] and not transposed):
-                x = spread_columns(x, width, alpha, generator, noise=known)
+                x = spread_columns(x, width, alpha * flat, generator, noise=known)
             else:
-                x = spread_columns(x.T, width, alpha, generator, noise=known).T
+                x = spread_columns(x.T, width, alpha * flat, generator, noise=known).T
     x = x * norms_K.mean() / x.norm()
-    displacement = max(float(norms_K.max() / base.norm().clamp(min=1e-300)), 1e-12)
-    progress = float((x * delta_K.sum(0)).sum() / norms_K.square().sum())
-    found = max(progress, 1e-3)
-    shared = max(1.0, float(delta_K.sum(0).square().sum() / norms_K.square().sum()))
-    scale = min(max(1.7 * found / shared / displacement**0.25, 0.16 * found**0.5 / displacement) ** alpha, longest)
+    progress = progress_of(x)
+    scale = min(law(progress) ** alpha, longest)
     if progress > 0:
-        beyond = min(0.78 / (displacement * depth) ** 0.4, 2.7) / len(delta_K) ** 0.5 if width else 1.0
-        scale = min(scale, beyond**alpha / progress)
+        bound = beyond**flat / len(delta_K) ** 0.5 if width else 1.0
+        scale = min(scale, bound**alpha / progress)
     return base + lam * scale * x

@@ -276,13 +276,15 @@ def test_agreement(K: int, copies: int, seed: int) -> None:
         [{}, {"frames": 16}, {"frames": 4}, {"frames": "none"}, {"softness": 0.5, "lambda_": 0.7, "seed": 3}]
     ),
     with_base=st.booleans(),
+    moved=st.sampled_from([1.0, 0.03, 0.001]),
+    depth=st.sampled_from([1, 4, 32]),
     tile=st.sampled_from([64, 1 << 18]),
     seed=SEED,
 )
 @SETTINGS
-def test_merge_equals_the_reference(K, shape, parameters, with_base, tile, seed) -> None:
+def test_merge_equals_the_reference(K, shape, parameters, with_base, moved, depth, tile, seed) -> None:
     size = max(1, torch.Size(shape).numel())
-    delta = updates(K, size, seed).view(K, *shape)
+    delta = moved * updates(K, size, seed).view(K, *shape)
     base = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     sources = delta + base if with_base else delta
     frames = parameters.get("frames", 256)
@@ -294,10 +296,11 @@ def test_merge_equals_the_reference(K, shape, parameters, with_base, tile, seed)
         rounds={4: 4, 16: 2, 64: 2}.get(frames, 1),
         lam=parameters.get("lambda_", 1.0),
         seed=parameters.get("seed", 0),
+        depth=depth,
     )
     if K == 1 and not with_base:
         expected = delta[0] * parameters.get("lambda_", 1.0)
-    merged = merge(sources, base if with_base else None, tile, **parameters)
+    merged = merge(sources, base if with_base else None, tile, {"depth": depth}, **parameters)
     torch.testing.assert_close(merged, expected, rtol=1e-7, atol=1e-9)
 
 
@@ -311,6 +314,26 @@ def test_float32_is_within_1e_5_of_the_reference(K: int, frames: int | str) -> N
     expected = reference.merge(base.double(), delta.double(), width=width, rounds=rounds)
     update = merge(base + delta, base, frames=frames).double() - base.double()
     assert float((update - (expected - base.double())).norm() / (expected - base.double()).norm()) < 1e-5
+
+
+def test_only_what_goes_far_is_made_flat() -> None:
+    """Fine-tunes of a deep model that have arrived keep half of their spectrum; those that had only begun, and those of a shallow model
+    whose sum is near the edge of what a matrix may move by, none."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(64, 96, generator=generator, dtype=torch.float64)
+    strong = torch.logspace(0, -2, 96, dtype=torch.float64)  # of axes
+    delta = torch.randn(2, 64, 96, generator=generator, dtype=torch.float64) * strong
+
+    def decay(moved: float, depth: int) -> float:
+        """Of the update's singular values: the largest over the tenth of sixty-four."""
+        step = moved * delta / delta.flatten(1).norm(dim=1)[:, None, None] * base.norm()
+        value = torch.linalg.svdvals(merge(base + step, base, served={"depth": depth}) - base)
+        return float(value[0] / value[9])
+
+    flat, raw = decay(0.001, 32), float(torch.linalg.svdvals(delta.sum(dim=0))[[0, 9]].log().diff().neg().exp())
+    assert decay(0.03, 4) == pytest.approx(flat, rel=0.01)
+    assert flat < decay(0.01, 32) < raw
+    assert flat * 1.2 < decay(0.02, 32) < raw / 1.1
 
 
 @given(copies=st.integers(1, 5), shape=st.sampled_from([(12,), (20, 28)]), seed=SEED)

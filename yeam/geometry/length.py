@@ -1,10 +1,11 @@
-"""How far to follow the merged update: agreement, displacement, progress, and the law that joins them.
+"""How far to follow the merged update, and how flat: agreement, displacement, progress, and the laws that join them.
 
 Legend: K sources, T elements of a tile.
 
     r = max_k ‖V_k‖ / ‖base‖ ,  p = Σ_k ⟨X̂, V_k⟩ / Σ_k ‖V_k‖² ,  q = 2.5 ‖x_rays‖ / mean_k ‖V_k‖
-    s = p / max(1, ‖Σ V_k‖² / Σ_k ‖V_k‖²) ,  f = min(0.78 / (r · depth)^(2/5), 2.7) / K^(1/2)
-    output = base + λ · min(max(1.7 · s / r^(1/4), 0.16 · p^(1/2) / r)^α, f^α / p, q) · X̂ ,   X̂ = X · mean_k ‖V_k‖ / ‖X‖
+    s = p / max(1, ‖Σ V_k‖² / Σ_k ‖V_k‖²) ,  g = max(1.7 · s / r^(1/4), 0.16 · p^(1/2) / r)
+    e = min(0.78 / (r · depth)^(2/5), 2.7) ,  f = e^φ / K^(1/2) ,  φ = min(1, max(e / 2.7, e / (0.3 · K^(1/2) · p · g)))
+    output = base + λ · min(g^α, f^α / p, q) · X̂ ,   X̂ = X · mean_k ‖V_k‖ / ‖X‖
 
 A matrix may always move by some share of its norm, 0.16 √p (a trust region: the loss is nearly linear there). Harsh fine-tunes are
 followed by as much as X̂ holds of their sum (s, which is p where they have nothing in common; what they share raises p but is no
@@ -14,6 +15,11 @@ At 1/p the sources have made their own progress on the mean: more than that wher
 where they are strong. Every further source disturbs the others, hence K. Fine-tunes that moved little have not arrived and gain from
 going on in their direction, and how much a model moved is what its layers moved, one after the other: hence r · depth; none was
 found to gain from more than 2.7. Without frames the bound is 1/p.
+
+Frames flatten X by α · φ. A flat X̂ goes on where the sources had only begun, which is right as far as they have not arrived (e), and
+bears a long step, which counts where their own progress leads near to the edge of what the law lets a matrix move (g). Where
+neither is so, the axes in which they went far have arrived and the others hold little: about half flat keeps more. φ is needed before
+X̂ is known; its p and g are those of the rays' point.
 Nor does a matrix move by more than 2.5 times what the rays left (q).
 All sums are kept in float64.
 """
@@ -31,7 +37,7 @@ from yeam.compiled import Array, Values
 if TYPE_CHECKING:
     from torch import Tensor
 
-REACH, REGION, BEYOND, MOST, LEAVE = 1.7, 0.16, 0.78, 2.7, 2.5  # chosen on four families; the README tells how
+REACH, REGION, BEYOND, MOST, NEAR, LEAVE = 1.7, 0.16, 0.78, 2.7, 0.3, 2.5  # how: see the README
 LEAST_PROGRESS = 1e-3
 
 
@@ -123,33 +129,50 @@ def progress_along(along_K: Values, gram_KK: Values) -> float:
     return float(along_K.sum()) / total if total > 0 else 0.0
 
 
-def step_length(moments: Moments, *, alpha: float, progress: float, depth: int | None = None) -> float:
-    """The factor on X̂ for a matrix: min(max(1.7 · s / r^(1/4), 0.16 · p^(1/2) / r)^α, f^α / p, q).
+def flatness(moments: Moments, depth: int) -> float:
+    """φ, the share of α by which frames flatten X: 1 where the sources are followed beyond their own progress or as far as the law lets a
+    matrix move. depth: layers of the model. 1 with a base of norm 0 (the origin), and where the rays meet in nothing.
+    """
+    if moments.base_square <= 0 or moments.point_square <= 0:
+        return 1.0
+    unit = moments.mean_norm / moments.point_square**0.5
+    found = max(progress_along(moments.along_K * unit, moments.gram_KK), LEAST_PROGRESS)
+    beyond = _beyond(moments, depth)
+    near = beyond / len(moments.gram_KK) ** 0.5 / found / _law(moments, found)
+    return float(min(1.0, max(beyond / MOST, near / NEAR)))
+
+
+def step_length(
+    moments: Moments, *, alpha: float, progress: float, depth: int | None = None, further: float = 1.0
+) -> float:
+    """The factor on X̂ for a matrix: min(g^α, f^α / p, q).
 
     progress: p of X̂; one of 0 or less counts as 0.001 in the law and sets no bound. depth: layers of the model, None where
-    no frames made X̂ flat: f is 1 then. With a base of norm 0 (the origin) alpha must be 0.
+    no frames made X̂ flat: f is 1 then. further: multiplies f. With a base of norm 0 (the origin) alpha must be 0.
     """
-    scale = unbound_length(moments, alpha=alpha, progress=progress)
+    scale = point_bound(moments)
+    if moments.base_square <= 0:
+        scale = min(scale, 1.0)
+    else:
+        scale = min(scale, _law(moments, max(progress, LEAST_PROGRESS)) ** alpha)
     if progress <= 0:
         return scale
-    beyond = 1.0
+    bound = further
     if depth is not None and moments.base_square > 0:
-        beyond = min(BEYOND / (moments.displacement * depth) ** 0.4, MOST) / len(moments.gram_KK) ** 0.5
-    return float(min(scale, beyond**alpha / progress))
+        bound *= _beyond(moments, depth) ** flatness(moments, depth) / len(moments.gram_KK) ** 0.5
+    return float(min(scale, bound**alpha / progress))
 
 
-def unbound_length(moments: Moments, *, alpha: float, progress: float) -> float:
-    """`step_length` without the sources' progress f^α / p as a bound."""
-    bound = point_bound(moments)
-    if moments.base_square <= 0:
-        return min(bound, 1.0)
-    found = max(progress, LEAST_PROGRESS)
+def _law(moments: Moments, progress: float) -> float:
+    """g."""
     shared = max(1.0, float(moments.gram_KK.sum() / moments.gram_KK.diagonal().sum()))
-    law = max(
-        REACH * found / shared / moments.displacement**0.25,
-        REGION * found**0.5 / moments.displacement,
-    )
-    return float(min(bound, law**alpha))
+    reach = REACH * progress / shared / moments.displacement**0.25
+    return float(max(reach, REGION * progress**0.5 / moments.displacement))
+
+
+def _beyond(moments: Moments, depth: int) -> float:
+    """e, how far beyond their own progress fine-tunes that moved so little are followed."""
+    return float(min(BEYOND / (moments.displacement * depth) ** 0.4, MOST))
 
 
 def point_bound(moments: Moments) -> float:

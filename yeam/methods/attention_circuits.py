@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from yeam.geometry.length import Moments
 
 STEP_BYTES = 64 << 20  # updates of the groups that are worked on at a time, at least one group
+QUERIES = 1.2  # times as far as the other parts
 CIRCUITS = (("q", "k"), ("o", "v"), ("q.bias", "k.bias"), ("", "v.bias"), ("q_norm", "k_norm"))  # (outer, inner) parts
 
 
@@ -161,7 +162,9 @@ def _spread(parts: Parts, part: Update, weight: Sequence[float], frames: Frames,
     import torch
 
     from yeam.geometry.frames import noise_edge, spread_, spread_spectral_
+    from yeam.geometry.length import flatness
 
+    flat = part.alpha * flatness(part.moments, parts.inputs.depth)
     rounding = part.moments.rounding(weight, parts.tensor(part.name).rounding)
     size = parts.circuit.head_dim if part.name == "q" else len(part.point_RN)
     for matrix_RN in torch.split(part.point_RN, size):
@@ -171,9 +174,9 @@ def _spread(parts: Parts, part: Update, weight: Sequence[float], frames: Frames,
         edge = noise_edge(matrix_RN.shape, frames if isinstance(frames, int) else None)
         noise = (rounding + edge * part.moments.departure) / part.point_RN.numel()
         if frames == "spectral":
-            spread_spectral_(matrix_RN, alpha=part.alpha, noise=noise)
+            spread_spectral_(matrix_RN, alpha=flat, noise=noise)
         elif frames != "none":
-            spread_(matrix_RN, alpha=part.alpha, width=frames, rounds=rounds, seed=seed, noise=noise)
+            spread_(matrix_RN, alpha=flat, width=frames, rounds=rounds, seed=seed, noise=noise)
         matrix_RN.mul_(length / float(torch.linalg.vector_norm(matrix_RN)))
         part.depth = parts.inputs.depth if frames != "none" else None
 
@@ -292,7 +295,7 @@ def _follow_up(
 
 def _lengthen(part: Update, strength: float) -> None:
     """The length: of q further than of the others; a bias as other vectors."""
-    from yeam.geometry.length import point_bound, progress_along, step_length, unbound_length
+    from yeam.geometry.length import point_bound, progress_along, step_length
 
     moments = part.moments
     unit = moments.mean_norm / part.square**0.5 if part.square > 0 else 0.0
@@ -301,10 +304,8 @@ def _lengthen(part: Update, strength: float) -> None:
         part.scale = min(1.0, point_bound(moments))
     else:
         # scores pass through a softmax, which forgives interference; k, which several heads share, lost where it was followed as far
-        if part.name == "q":
-            part.scale = unbound_length(moments, alpha=part.alpha, progress=progress)
-        else:
-            part.scale = step_length(moments, alpha=part.alpha, progress=progress, depth=part.depth)
+        further = QUERIES if part.name == "q" else 1.0
+        part.scale = step_length(moments, alpha=part.alpha, progress=progress, depth=part.depth, further=further)
     part.scale *= strength
     part.point_RN.mul_(part.scale * unit)
     part.grams = [(bb, bx * (part.scale * unit), xx * (part.scale * unit) ** 2) for bb, bx, xx in part.grams]

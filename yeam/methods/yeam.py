@@ -161,7 +161,7 @@ def _matrix(
     seed: int,
 ) -> Iterator[Result]:
     """One panel: rays, moved to where rows meet, tile by tile into memory, frames there, then length and output in two more passes."""
-    from yeam.geometry.length import Moments, agreement, progress_along, step_length
+    from yeam.geometry.length import Moments, agreement, flatness, progress_along, step_length
     from yeam.geometry.passes import Along, followed, resolve
 
     stop = start + rows * columns
@@ -186,13 +186,14 @@ def _matrix(
     if meeting:
         meeting.end_(point_MN)
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
+    flat = alpha * flatness(moments, inputs.depth)
     edge = noise_edge(point_MN.shape, frames if isinstance(frames, int) else None)
     noise = (moments.rounding(weight, inputs.rounding) + edge * moments.departure) / (rows * columns)
     if frames == "spectral":
-        spread_spectral_(point_MN, alpha=alpha, noise=noise)
+        spread_spectral_(point_MN, alpha=flat, noise=noise)
     elif frames != "none":
         spread_(
-            point_MN, alpha=alpha, width=frames, rounds=rounds, seed=seed, noise=noise, square_rows=inputs.transposed
+            point_MN, alpha=flat, width=frames, rounds=rounds, seed=seed, noise=noise, square_rows=inputs.transposed
         )
     along = Along(inputs.K)
     for part in parts(inputs, start, stop):
