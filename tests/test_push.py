@@ -205,7 +205,7 @@ def test_folders_that_are_not_pushed(hub: HubServer, llama: Build, tmp_path: Pat
     (tmp_path / "secret").write_text("x")
     (linked / "notes.txt").symlink_to(tmp_path / "secret")
     refused(["push", linked, "org/new"], "leads out of the folder")
-    assert hub.commits == [] and not hub.received
+    assert hub.commits == [] and not hub.received and not hub.repositories  # not even an empty one
 
 
 def test_a_failing_push_leaves_the_merge(hub: HubServer, llama: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,9 +105,9 @@ def merge(
                 watch.check(loaded, pipeline)
             place = None
             if push_to_hub is not None and ranks.is_first:
-                from yeam.hub.target import check_target
+                from yeam.hub.target import check_token, make_target
 
-                place = check_target(push_to_hub, private=private, revision=revision)
+                place = make_target(push_to_hub, check_token(push_to_hub), private=private, revision=revision)
             settings = _Settings(target, device, memory, held, overwrite, resume, durable, progress, watch)
             report = _carry_out(pipeline, loaded, settings, ranks)
     return report if place is None else _pushed(report, place)
@@ -133,12 +133,13 @@ def push(
         >>> yeam.push("merged/quickstart", "owner/quickstart", private=True).url  # doctest: +SKIP
     """
     from yeam.hub.push import files_of, push_folder, refuse_broken
-    from yeam.hub.target import check_target
+    from yeam.hub.target import check_token, make_target
 
     place = Path(folder).expanduser()
     files_of(place)
-    target = check_target(repo, private=private, revision=revision)
+    user = check_token(repo)  # before all bytes are read; the repository only after it
     refuse_broken(place)
+    target = make_target(repo, user, private=private, revision=revision)
     return push_folder(place, target, message=message, listener=progress)
 
 

@@ -34,13 +34,12 @@ class Target:
         return page if self.revision == "main" else f"{page}/tree/{self.revision}"
 
 
-def check_target(repo: str, *, private: bool = False, revision: str | None = None) -> Target:
-    """Make sure that a model can be pushed to `repo`; makes the repository (`private` or not) and the branch if need be.
+def check_token(repo: str) -> str:
+    """Whose the token is, where it may write; nothing changes on the Hub.
 
-    Nothing else changes on the Hub. Raises UserError with what to do: no or a wrong token, one that only reads, no right to the
-    name, a public repository where a private one is asked for, no network.
+    Raises UserError with what to do: a name that is none, no or a wrong token, one that only reads, no network.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+    from huggingface_hub import HfApi, constants, get_token
 
     if not is_hub_id(repo):
         raise UserError(f"{repo!r} is no name on the Hub", "write owner/name")
@@ -49,11 +48,24 @@ def check_target(repo: str, *, private: bool = False, revision: str | None = Non
     if not get_token():
         raise UserError(f"{repo}: pushing needs a token, and there is none", _TOKEN)
     api = HfApi(library_name="yeam")
-    branch = revision or "main"
     with pushing(repo, "asking whose the token is"):
         who = retried(lambda: api.whoami())
+    name = str(who.get("name", ""))
     if _role(who) == "read":
-        raise UserError(f"{repo}: the token of {who.get('name')} may only read", _TOKEN)
+        raise UserError(f"{repo}: the token of {name} may only read", _TOKEN)
+    return name
+
+
+def make_target(repo: str, user: str, *, private: bool = False, revision: str | None = None) -> Target:
+    """Make the repository (`private` or not) and the branch if need be, and make sure that a model can be pushed there.
+
+    `user` is what `check_token` says. Nothing else changes on the Hub. Raises UserError with what to do: no right to the name, a
+    public repository where a private one is asked for, no network.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(library_name="yeam")
+    branch = revision or "main"
     with pushing(repo, "making the repository"):
         retried(lambda: api.create_repo(repo, private=private or None, exist_ok=True))
         is_private = bool(retried(lambda: api.model_info(repo)).private)
@@ -68,7 +80,7 @@ def check_target(repo: str, *, private: bool = False, revision: str | None = Non
         # asks how a file would have to be sent, which needs the right to send it, and sends nothing
         probe = CommitOperationAdd("config.json", b"{}")
         retried(lambda: api.preupload_lfs_files(repo, [probe], revision=branch))
-    return Target(repo, branch, str(who.get("name", "")), is_private)
+    return Target(repo, branch, user, is_private)
 
 
 @contextlib.contextmanager
