@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,12 +58,13 @@ def forked(
 ) -> BaseProcess:
     """Start `yeam WORDS` in a process, with its output in `log`; `prepare(*arguments)`, of a module, runs in it before.
 
-    errors: where standard error goes, if not into `log` as well.
+    errors: where standard error goes, if not into `log` as well. Temporary files are made beside the log: who is killed leaves them.
     """
     context = _context()
     words = [str(word) for word in words]
     files = str(log), str(errors or log)
-    process = context.Process(target=_main, args=(words, files, prepare, arguments, {"OMP_NUM_THREADS": "1", **env}))
+    env = {"OMP_NUM_THREADS": "1", "TMPDIR": str(log.parent), **env}
+    process = context.Process(target=_main, args=(words, files, prepare, arguments, env))
     with _environment():
         process.start()
     return process
@@ -122,6 +124,7 @@ def _main(
     env: Mapping[str, str],
 ) -> None:
     os.environ.update(env)
+    tempfile.tempdir = None  # what was imported before may have asked for it
     for stream, file in enumerate(files, 1):
         fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.ftruncate(fd, 0)
