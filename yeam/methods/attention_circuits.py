@@ -127,33 +127,29 @@ def _meet(
     """Move the parts' points to where their rows meet."""
     import torch
 
-    from yeam.geometry.meeting import Meeting
+    from yeam.geometry.meeting import Meeting, TurnedMeeting
 
-    meetings = {}
+    meetings: dict[str, Meeting] = {}
     for part in mine:
-        sample_KSN = torch.cat(samples[part.name], dim=2 if part.name == "o" else 1)
+        is_turned = part.name == "o"  # its rows, here, are its inputs
+        sample_KSN = torch.cat(samples[part.name], dim=2 if is_turned else 1)
         if 0 < float(torch.linalg.vector_norm(sample_KSN)) < math.inf:
             total = float(part.moments.gram_KK.diagonal().sum())
             signal = 1 - part.moments.rounding(weight, parts.tensor(part.name).rounding) / total
-            meetings[part.name] = Meeting(sample_KSN, signal, seed)
-    used_CNr: Tensor | float = 0.0  # of o: what each row of it, a column here, makes of the axes, summed over groups
+            if is_turned:
+                meetings[part.name] = TurnedMeeting(sample_KSN, part.point_RN.shape[1], signal, seed)
+            else:
+                meetings[part.name] = Meeting(sample_KSN, signal, seed)
     for groups in steps_of(parts) if meetings else ():
         _, deltas, _ = updates(parts, groups, pair, weight)
         for part in mine:
-            meeting = meetings.get(part.name)
-            if meeting is None:
-                continue
-            delta_KRN = deltas[part.name].flatten(1, -2)
-            contrast_CRN = delta_KRN[:-1] - delta_KRN[-1]
-            if part.name == "o":
-                size = parts.circuit.count("o") * parts.circuit.head_dim
-                used_CNr = contrast_CRN.mT @ meeting.axes_NR[groups.start * size : groups.stop * size] + used_CNr
-            else:
-                meeting.add_(contrast_CRN.flatten(1), _rows(part, groups, parts.circuit).reshape(-1))
+            if part.name in meetings:
+                delta_KRN = deltas[part.name].flatten(1, -2)
+                contrast_CRN = delta_KRN[:-1] - delta_KRN[-1]
+                meetings[part.name].add_(contrast_CRN.flatten(1), _rows(part, groups, parts.circuit).reshape(-1))
     for part in mine:
-        if part.name == "o" and part.name in meetings:
-            meeting = meetings[part.name]
-            part.point_RN.addmm_(meeting.axes_NR, (used_CNr @ meeting.shares_CRR).sum(dim=0).T)
+        if part.name in meetings:
+            meetings[part.name].end_(part.point_RN)
 
 
 def _spread(parts: Parts, part: Update, weight: Sequence[float], frames: Frames, rounds: int, seed: int) -> None:
