@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from yeam.errors import ConfigError
 from yeam.families import config_updates, describe, rename_layer
+from yeam.families.counts import contradictions
 
 
 def relayer(
@@ -53,6 +54,41 @@ def test_a_relayered_model_loads_and_its_layers_keep_their_kind(label: str, tmp_
         model.config, model.anatomy, {p: list(range(s.count)) for p, s in model.anatomy.stacks.items()}
     )
     assert same.config == model.config and same.notes == ()
+
+
+@pytest.mark.parametrize("label", TABLED)
+def test_layers_that_are_not_there_are_told(label: str) -> None:
+    model = saved(label)
+    assert list(contradictions(model.config, model.anatomy)) == []
+    for prefix, stack in model.anatomy.stacks.items():
+        last = f"{prefix}.{stack.count - 1}."
+        left = {name: shape for name, shape in model.shapes.items() if not name.startswith(last)}
+        (found,) = contradictions(model.config, describe(model.config, left))
+        assert (found.stack.prefix, found.stated, found.missing) == (prefix, stack.count, (stack.count - 1,))
+        doubled = {
+            **model.shapes,
+            **{name.replace(last, f"{prefix}.{stack.count}."): s for name, s in model.shapes.items()},
+        }
+        (found,) = contradictions(model.config, describe(model.config, doubled))
+        assert (found.stack.count, found.stated, found.missing) == (stack.count + 1, stack.count, ())
+
+
+def test_layers_of_unknown_kinds_are_counted_where_that_can_be_told() -> None:
+    def told(config: dict[str, Any], *stacks: tuple[str, int]) -> list[tuple[str, int]]:
+        shapes = {f"{prefix}.{i}.a.{x}.weight": (4, 4) for prefix, count in stacks for i in range(count) for x in "qkv"}
+        config = {"model_type": "own", **config}
+        return [(each.stack.prefix, each.stated) for each in contradictions(config, describe(config, shapes))]
+
+    sides = ("model.encoder.layers", 2), ("model.decoder.layers", 3)
+    assert told({"encoder_layers": 2, "decoder_layers": 4, "num_hidden_layers": 2}, *sides) == [
+        ("model.decoder.layers", 4)
+    ]
+    assert told({"encoder_layers": 2, "decoder_layers": 3}, *sides) == []
+    assert told({"num_hidden_layers": 5}, ("model.layers", 3)) == [("model.layers", 5)]
+    assert told({"num_hidden_layers": 5}, ("a.layers", 3), ("b.layers", 4)) == []  # of which?
+    assert told({"num_hidden_layers": 64}, ("encoder.blocks", 55)) == []  # as EfficientNet counts
+    seeing = {"vision_config": {"encoder_layers": 3}, "text_config": {"encoder_layers": 4, "num_hidden_layers": 2}}
+    assert told(seeing, ("model.layers", 2), ("model.encoder.layers", 3)) == []
 
 
 def test_kinds_that_follow_from_the_index_are_kept() -> None:

@@ -85,6 +85,18 @@ def cut_module(out: Path) -> None:
     (out / "2_Dense" / "model.safetensors").write_bytes(shard_of(out, UP).read_bytes()[:99])
 
 
+def drop_layer(out: Path, layer: int) -> None:
+    for shard in out.glob("*.safetensors"):
+        kept = {name: x for name, x in load_file(shard).items() if f".layers.{layer}." not in name}
+        save_file(kept, shard, {"format": "pt"})
+    index = out / "model.safetensors.index.json"
+    edit(index, lambda i: [i["weight_map"].pop(name) for name in list(i["weight_map"]) if f".layers.{layer}." in name])
+
+
+def count_layers(count: int) -> Callable[[Path], None]:
+    return lambda out: edit(out / "config.json", lambda config: config.update(num_hidden_layers=count))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a flipped bit": (flip, "checksums", "its bytes are not those that the merge wrote"),
     "NaN": (lambda out: rewrite(out, UP, torch.full((32, 16), math.nan)), "numbers", f"{UP}: holds nan at element 0"),
@@ -113,6 +125,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "files", "modeling_own.py: is missing, and config.json names it: copy it",
     ),
     "unequal ties": (tie, "ties", "both are stored and differ"),
+    "more layers told": (
+        count_layers(4), "layers",
+        "config.json: num_hidden_layers is 4, but model.layers has no layers 2 to 3 (no model.layers.2.",
+    ),
+    "fewer layers told": (count_layers(1), "layers", "num_hidden_layers is 1, but model.layers has 2 layers (model.layers.1."),
+    "a lost layer": (lambda out: drop_layer(out, 1), "layers", "set num_hidden_layers to 1"),
+    "a lost first layer": (lambda out: drop_layer(out, 0), "layers", "model.layers has no layer 0 (no model.layers.0."),
     "a lost head": (drop_head, "ties", "no lm_head.weight in the file"),
 }  # fmt: skip
 
@@ -122,7 +141,17 @@ def test_good(merged):
     found = yeam.verify(merged, load=True)
     assert found.ok and found.problems == [], found.to_text()
     names = [check.name for check in found.checks]
-    assert names == ["files", "shards", "report", "checksums", "numbers", "ties", "model loads", "tokenizer loads"]
+    assert names == [
+        "files",
+        "shards",
+        "report",
+        "checksums",
+        "numbers",
+        "ties",
+        "layers",
+        "model loads",
+        "tokenizer loads",
+    ]
     family = yeam.verify(FAMILY / "base", load=True)
     assert family.ok and "lm_head.weight = model.embed_tokens.weight" in family.to_text()
 
@@ -165,6 +194,12 @@ def test_other_files_beside_a_model(llama):
     save_file({"other": torch.ones(2)}, model / "model-00003-of-00003.safetensors")
     (problem,) = yeam.verify(model).problems
     assert "'model-00003-of-00003.safetensors' belongs to no tensor" in problem
+
+
+def test_layers_that_nothing_is_said_of(llama):
+    """A model of an unknown kind whose config keeps its counts to itself."""
+    config = {"model_type": "own", "architectures": ["Own"], "num_hidden_layers": None, "sizes": [3, 1]}
+    assert yeam.verify(llama("a", config=config)).ok
 
 
 def test_no_folder(refused, tmp_path):

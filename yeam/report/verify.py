@@ -20,6 +20,7 @@ from yeam.families import Anatomy, describe
 from yeam.families.ties import resolve_ties
 from yeam.report.companions import companion_problems
 from yeam.report.finite import not_finite_in
+from yeam.report.layers import layer_problems, layers_detail
 
 if TYPE_CHECKING:
     from yeam.checkpoint.base import TensorInfo
@@ -114,6 +115,7 @@ def _checks(folder: Path, load: bool, trust_remote_code: bool, listener: Listene
             yield contents.checksums(report)
         yield contents.numbers()
         yield _ties(folder, checkpoint, contents.digests)
+        yield _layers(folder, checkpoint)
         if load:
             yield from _loads(folder, checkpoint, trust_remote_code)
 
@@ -267,6 +269,17 @@ def _ties(folder: Path, checkpoint: Checkpoint, digests: Mapping[str, str]) -> C
             problems.append(f"config.json ties {duplicate} to {kept}, but both are stored and differ")
     pairs = ", ".join(f"{duplicate} = {kept}" for duplicate, kept in anatomy.ties)
     return Check("ties", pairs or "none", tuple(problems))
+
+
+def _layers(folder: Path, checkpoint: Checkpoint) -> Check:
+    """config.json tells of the layers that are there."""
+    shared = {
+        name: checkpoint.tensors[kept].shape for name, kept in checkpoint.aliases.items() if kept in checkpoint.tensors
+    }
+    anatomy = describe(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()} | shared)
+    files = {name: extent.path.name for name in checkpoint.tensors if (extent := checkpoint.extent(name)) is not None}
+    problems = layer_problems(folder, checkpoint.config, anatomy, files)
+    return Check("layers", layers_detail(anatomy), tuple(problems))
 
 
 def _loads(folder: Path, checkpoint: Checkpoint, trust_remote_code: bool) -> Iterator[Check]:
