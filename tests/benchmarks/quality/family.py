@@ -28,7 +28,7 @@ FULL = (Regime("short", 100, 2e-4, 8), Regime("long", 400, 1e-3, 8), Regime("lor
 PRETRAINED = (
     Regime("short", 40, 5e-5, 4),
     Regime("long", 200, 2e-4, 4),
-    Regime("far", 300, 5e-4, 4),
+    Regime("far", 200, 3e-4, 8),
     Regime("lora", 80, 5e-4, 4, lora=True),
 )
 GEMMA = tuple(replace(r, rate=r.rate / 5) for r in PRETRAINED)
