@@ -37,7 +37,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--family", choices=[*SPECS, "all"], default="tiny")
     parser.add_argument("--seeds", type=int, help="seeds of each family (default: three of tiny, two of the others)")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--regimes", nargs="+", metavar="NAME", help="short, long, lora; pretrained: far (default: all)")
+    parser.add_argument(
+        "--regimes", nargs="+", metavar="NAME", help="short, long, lora; pretrained: far (default: all)"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="experts in a merge (default: %(default)s)")
     parser.add_argument(
         "--per-size", type=int, default=PER_SIZE, help="subsets of a size, 0 for all (default: %(default)s)"
