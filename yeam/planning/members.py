@@ -168,13 +168,12 @@ class Members(Sequence[Member]):
             for path, ref in (*loaded.recipe.references(), *plugin_references(loaded)):
                 if ref in self._by_ref:
                     continue
-                lora = (ref.lora.path, ref.lora.revision) if ref.lora is not None else None
                 try:
                     if isinstance(ref, StageRef):
                         checkpoint = (stages or {})[ref.path]
-                        checkpoint = checkpoint if lora is None else with_adapter(checkpoint, *lora)
+                        checkpoint = checkpoint if ref.adapter is None else with_adapter(checkpoint, *ref.adapter)
                     else:
-                        checkpoint = opener(ref.path, ref.revision, lora, reference=str(ref))
+                        checkpoint = opener(ref.path, ref.revision, ref.adapter, reference=str(ref))
                 except UserError as error:
                     meant = suggest(ref.path, loaded.stage_names)
                     remedy = f"{error.remedy}; or name a stage{meant}" if meant else error.remedy
