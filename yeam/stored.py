@@ -208,8 +208,9 @@ def add_products(word_VS, kind, T, relative, products):  # type: ignore[no-untyp
 
 @_fused
 def differences(word_VS, kind, start, delta_KT, base_T):  # type: ignore[no-untyped-def]
-    """Elements from `start` on: x_k − base into delta_KT [K, T], and the base, the row after the K sources, into base_T (float32)."""
-    K, T = delta_KT.shape
+    """Elements from `start` on, as many as base_T has: x_k − base into delta_KT [K, ≥ T], and the base, the row after the K sources,
+    into base_T (float32)."""
+    K, T = len(delta_KT), len(base_T)
     for begin in range(0, T, STEP):
         size = min(STEP, T - begin)
         base = base_T[begin : begin + size]

@@ -24,20 +24,6 @@ _compiled = loops()
 
 
 @_compiled
-def _differences(word_VS, kind, at, size, delta_KB, base_B):  # type: ignore[no-untyped-def]
-    K = len(delta_KB)
-    base = base_B[:size]
-    stored.widen(word_VS[K], at, kind, base, base.view(np.uint32))
-    for k in range(K):
-        delta = delta_KB[k, :size]
-        if kind == 0:
-            stored.subtract(word_VS[k, at : at + size], base, delta)
-        else:
-            stored.widen(word_VS[k], at, kind, delta, delta.view(np.uint32))
-            stored.subtract(delta, base, delta)
-
-
-@_compiled
 def _erase(x_B, k, start, mode_K, value_K, left_K, key_K, bound_K, held_HT, noting, pair_P):  # type: ignore[no-untyped-def]
     """What `Erasing` says, of elements from `start` of the tensor on."""
     mode = mode_K[k]
@@ -62,7 +48,7 @@ def sums(  # type: ignore[no-untyped-def]
     pair_P = np.empty(BLOCK // 2 + 1, np.uint64)
     for at in range(0, T, BLOCK):
         size = min(BLOCK, T - at)
-        _differences(word_VS, kind, at, size, delta_KB, base_B)
+        stored.differences(word_VS, kind, at, delta_KB, base_B[:size])
         for k in range(K):
             x_B = delta_KB[k, :size]
             before_K[k] += absolute_sum(x_B)
@@ -83,7 +69,7 @@ def merge(  # type: ignore[no-untyped-def]
     memory, pair_P = np.empty((3, BLOCK), np.float32), np.empty(BLOCK // 2 + 1, np.uint64)
     for at in range(0, T, BLOCK):
         size = min(BLOCK, T - at)
-        _differences(word_VS, kind, at, size, delta_KB, base_B)
+        stored.differences(word_VS, kind, at, delta_KB, base_B[:size])
         for k in range(K):
             _erase(delta_KB[k, :size], k, start + at, mode_K, value_K, left_K, key_K, bound_K, held_HT, noting, pair_P)
         base = base_B[:size]
@@ -101,7 +87,7 @@ def count(word_VS, kind, T, source_Q, low_Q, span_Q, shift_Q, guess_Q, above_Q, 
     room = np.empty((4, BLOCK), np.uint32)
     for at in range(0, T, BLOCK):
         size = min(BLOCK, T - at)
-        _differences(word_VS, kind, at, size, delta_KB, base_B)
+        stored.differences(word_VS, kind, at, delta_KB, base_B[:size])
         for q in range(len(source_Q)):
             key_B = delta_KB[source_Q[q], :size].view(np.uint32)
             low, span, shift = np.uint32(low_Q[q]), np.uint32(span_Q[q]), np.uint32(shift_Q[q])
