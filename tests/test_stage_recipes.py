@@ -61,6 +61,12 @@ def test_what_does_not_fit_together_is_said_with_its_line(
     assert error.value.message.startswith(expected)
 
 
+def test_an_unused_stage_that_is_misspelt_elsewhere_is_found() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(TWO.replace("- model: first", "- model: frist"), "r.yaml")
+    assert caught.value.remedy.endswith("; r.yaml:9 names 'frist' (did you mean 'first'?)")
+
+
 def test_a_misspelt_stage_is_suggested(
     llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

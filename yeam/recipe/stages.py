@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from yeam.errors import ConfigError
+from yeam.errors import ConfigError, suggest
 from yeam.recipe.problems import KeyPath
 from yeam.recipe.reference import ModelRef
 
@@ -83,7 +83,7 @@ def joined(documents: Sequence[LoadedRecipe]) -> LoadedRecipe:
             raise other.error(
                 ("name",),
                 f"the stage {_name(other)!r} is not used by any other",
-                "remove the document, or name it as a model in another one",
+                f"remove the document, or name it as a model in another one{_nearly(_name(other), documents)}",
             )
         if other.recipe.output is not None:
             raise other.error(
@@ -92,6 +92,15 @@ def joined(documents: Sequence[LoadedRecipe]) -> LoadedRecipe:
                 "remove `output:`; to keep an intermediate, merge it with a recipe of its own",
             )
     return replace(result, stages=tuple(d for d in order if d is not result))
+
+
+def _nearly(name: str, documents: Sequence[LoadedRecipe]) -> str:
+    """Where a model is named that is nowhere on this machine, and almost so."""
+    for document in documents:
+        for path, ref in document.recipe.references():
+            if not isinstance(ref, StageRef) and not ref.is_local() and (meant := suggest(ref.path, [name])):
+                return f"; {document.locate(path)} names {ref.path!r}{meant}"
+    return ""
 
 
 def _name(document: LoadedRecipe) -> str:
