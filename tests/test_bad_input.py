@@ -247,6 +247,7 @@ def below(entry: dict[str, str], **parameters: Any) -> dict[str, Any]:
         ("ties", [A, B], {"base_model": "base"}, ("needs 'weight' for", "parameters: {weight")),
         ("linear", [below(A, weight=1), B], {"parameters": {}}, ("needs 'weight' for",)),
         ("slerp", [A, BASE], {"base_model": "base"}, ("needs 't'", "parameters:")),
+        ("slerp", [A, BASE], {"base_model": "base", "parameters": {"t": [{"filter": "mlp", "value": 1}]}}, ("last entry `- value",)),
         ("slerp", [A], {"base_model": "base", "parameters": {"t": 1.5}}, ("t = 1.5", "less than or equal to 1")),
         ("slerp", [A], {"base_model": "base", "parameters": {"t": [0.5, -0.5]}}, ("t = -0.5",)),
         ("slerp", [A], {"base_model": "base", "parameters": {"t": [{"filter": "mlp", "value": 2}, {"value": 1}]}}, ("t = 2",)),

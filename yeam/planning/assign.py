@@ -170,7 +170,7 @@ def _parameters(loaded: LoadedRecipe, method: Method, outlined: Outlined) -> Map
                 raise loaded.error(
                     group.path,
                     f"{outlined.name}: method {method.name!r} needs {parameter.name!r}",
-                    f"add it to the recipe's `parameters:`, as `{parameter.name}: …`",
+                    f"add it to the recipe's `parameters:`, as `{parameter.name}: …`{_beyond_filters(group)}",
                 )
             values[parameter.keyword] = parameter.default if found is None else parameter.check(found, where)
             continue
@@ -186,13 +186,17 @@ def _parameters(loaded: LoadedRecipe, method: Method, outlined: Outlined) -> Map
                 raise loaded.error(
                     group.path,
                     f"{outlined.name}: method {method.name!r} needs {parameter.name!r} for {seat.member.ref}",
-                    f"add `parameters: {{{parameter.name}: …}}` to the model",
+                    f"add `parameters: {{{parameter.name}: …}}` to the model{_beyond_filters(group)}",
                 )
             row.append(parameter.default[0] if found is None else parameter.check(found, where))
         values[parameter.keyword] = tuple(row)
     if not group.resolver.is_filtered:
         group.values[outlined.t] = values
     return values
+
+
+def _beyond_filters(group: Group) -> str:
+    return ", for what no filter fits as a last entry `- value: …`" if group.resolver.is_filtered else ""
 
 
 def _check_count(loaded: LoadedRecipe, method: Method, group: Group) -> None:
