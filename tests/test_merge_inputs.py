@@ -165,3 +165,11 @@ def test_written_as_float8(tmp_path: Path, llama: Llama) -> None:
     model = load(out)
     assert model.dtype == torch.bfloat16
     assert torch.equal(model.model.norm.weight, ours["model.norm.weight"].bfloat16())
+
+
+def test_a_model_that_lacks_layers_is_noted(llama: Llama) -> None:
+    """Merging what is there is legal; who loads the result must know."""
+    cut = llama("cut", config={"num_hidden_layers": 3})
+    plan = yeam.plan({"merge_method": "linear", "models": [{"model": str(cut), "parameters": {"weight": 1}}]})
+    (note,) = plan.notes
+    assert "cut: config.json: num_hidden_layers is 3, but model.layers has no layer 2 (no model.layers.2." in note

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from yeam.families.anatomy import Anatomy
 from yeam.families.configs import DECODER_LAYERS, ENCODER_LAYERS, LAYERS, Config, Path, at, integer
-from yeam.families.stacks import Stack, ranked_scopes
+from yeam.families.stacks import Stack, ranked_scopes, rename_layer
 from yeam.families.table import FAMILIES
 
 _COUNTED = frozenset({"layers", "layer", "h", "block"})
@@ -22,6 +22,26 @@ class Contradiction:
     path: Path
     stated: int
     missing: tuple[int, ...]
+
+
+def in_words(found: Contradiction, anatomy: Anatomy) -> str:
+    """What config.json says, what is there, and what transformers makes of it; an example names a tensor."""
+    key, prefix = ".".join(found.path), found.stack.prefix
+    if found.missing:
+        name = next(name for name, meaning in anatomy.tensors.items() if meaning.stack == prefix)
+        lost = f"no {_counted(found.missing)} (no {rename_layer(name, found.stack, found.missing[0])})"
+        return f"{key} is {found.stated}, but {prefix} has {lost}, which transformers would make up"
+    name = next(n for n, m in anatomy.tensors.items() if m.stack == prefix and (m.layer or 0) >= found.stated)
+    return f"{key} is {found.stated}, but {prefix} has {found.stack.count} layers ({name}), which transformers would pass over"
+
+
+def _counted(layers: tuple[int, ...]) -> str:
+    """`layer 3`, `layers 3 to 5`, `layers 1, 4`."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]} to {layers[-1]}"
+    return f"layers {', '.join(map(str, layers))}"
 
 
 def contradictions(config: Config, anatomy: Anatomy) -> Iterator[Contradiction]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from yeam.checkpoint import Checkpoint, TensorInfo, open_checkpoint, with_adapter
 from yeam.errors import CheckpointError, UserError, suggest
 from yeam.families import Anatomy, Meaning, Stack, aliases_of, describe
+from yeam.families.counts import contradictions, in_words
 from yeam.plugins import plugin_references
 from yeam.recipe import LoadedRecipe, ModelRef, StageRef
 from yeam.recipe.globs import training_step
@@ -80,7 +81,11 @@ class Member:
         """What was decided about this model, for the user."""
         twice = [name for name in self.duplicates if name in self.checkpoint.tensors]
         tied = [f"{name} is stored, but the config ties it to {self.duplicates[name]}, which is used" for name in twice]
-        return [f"{self.ref.label}: {note}" for note in (*self.checkpoint.notes, *tied)]
+        counted = [
+            f"config.json: {in_words(found, self.anatomy)}"
+            for found in contradictions(self.checkpoint.config, self.anatomy)
+        ]
+        return [f"{self.ref.label}: {note}" for note in (*self.checkpoint.notes, *tied, *counted)]
 
     def find(self, name: str, owner: Member) -> str | None:
         """This model's name of `owner`'s tensor: the same, another spelling of its prefix, or what it is tied to."""

@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-from yeam.families import Anatomy, rename_layer
+from yeam.families import Anatomy
 from yeam.families.configs import Config
-from yeam.families.counts import Contradiction, contradictions
+from yeam.families.counts import contradictions, in_words
 
 
-def layer_problems(folder: Path, config: Config, anatomy: Anatomy, files: Mapping[str, str]) -> Iterator[str]:
-    """A sentence for each stack with more or fewer layers than config.json says; files: the file that each tensor is in."""
+def layer_problems(folder: Path, config: Config, anatomy: Anatomy) -> Iterator[str]:
+    """A sentence for each stack with more or fewer layers than config.json says, with what to do."""
     for found in contradictions(config, anatomy):
-        where, key = folder / "config.json", ".".join(found.path)
-        count, prefix = found.stack.count, found.stack.prefix
-        if found.missing:
-            at_the_end = found.missing[0] == count and found.missing[-1] == found.stated - 1
-            fewer = f", or set {key} to {count}" if at_the_end else ""
-            yield (
-                f"{where}: {key} is {found.stated}, but {prefix} has no {_counted(found.missing)} (no {_example(found, anatomy)}), "
-                f"which transformers would make up: copy the model again{fewer}"
-            )
-        if count > found.stated:
-            name = next(n for n, m in anatomy.tensors.items() if m.stack == prefix and (m.layer or 0) >= found.stated)
-            yield (
-                f"{where}: {key} is {found.stated}, but {prefix} has {count} layers ({name} in {files.get(name, 'the weights')}), which "
-                f"transformers would pass over: set {key} to {count}, or remove what is too much"
-            )
+        key, count = ".".join(found.path), found.stack.count
+        whole = found.missing in ((), tuple(range(count, found.stated)))
+        remedies = (*(["copy the model again"] if found.missing else []), *([f"set {key} to {count}"] if whole else []))
+        yield f"{folder / 'config.json'}: {in_words(found, anatomy)}: {' or '.join(remedies)}"
 
 
 def layers_detail(anatomy: Anatomy) -> str:
     """How many layers are stored."""
     return ", ".join(f"{prefix} {stack.count}" for prefix, stack in anatomy.stacks.items()) or "none"
-
-
-def _counted(layers: tuple[int, ...]) -> str:
-    """`layer 3`, `layers 3 to 5`, `layers 1, 4`."""
-    if len(layers) == 1:
-        return f"layer {layers[0]}"
-    if layers == tuple(range(layers[0], layers[-1] + 1)):
-        return f"layers {layers[0]} to {layers[-1]}"
-    return f"layers {', '.join(map(str, layers))}"
-
-
-def _example(found: Contradiction, anatomy: Anatomy) -> str:
-    """A tensor that the first missing layer would have."""
-    name = next(name for name, meaning in anatomy.tensors.items() if meaning.stack == found.stack.prefix)
-    return rename_layer(name, found.stack, found.missing[0])

@@ -277,9 +277,7 @@ def _layers(folder: Path, checkpoint: Checkpoint) -> Check:
         name: checkpoint.tensors[kept].shape for name, kept in checkpoint.aliases.items() if kept in checkpoint.tensors
     }
     anatomy = describe(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()} | shared)
-    files = {name: extent.path.name for name in checkpoint.tensors if (extent := checkpoint.extent(name)) is not None}
-    problems = layer_problems(folder, checkpoint.config, anatomy, files)
-    return Check("layers", layers_detail(anatomy), tuple(problems))
+    return Check("layers", layers_detail(anatomy), tuple(layer_problems(folder, checkpoint.config, anatomy)))
 
 
 def _loads(folder: Path, checkpoint: Checkpoint, trust_remote_code: bool) -> Iterator[Check]:
