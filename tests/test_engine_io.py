@@ -118,7 +118,7 @@ def test_what_does_not_fit_at_all_is_computed_on_the_cpu(
 def test_tiles_follow_from_the_free_memory(tmp_path: Path, llama: Llama, recipe: Recipe, device: SmallDevice) -> None:
     with yeam.api._planned(yeam.load_recipe(recipe(llama("a"), llama("b"))), None, False) as pipeline:
         jobs, checkpoints = pipeline.plan.jobs, pipeline.result.members.checkpoints
-        wide = Job("wide", (1 << 16, 1 << 10), "BF16", "other", "linear", jobs[0].sources)
+        wide = Job("wide", (1 << 16, 1 << 10), "BF16", "other", "linear", jobs[0].sources, depth=1, transposed=False)
         tiles = []
         for free in (80 << 30, 512 << 20, 64 << 20, 0):
             budget.free_bytes = lambda device, free=free: free  # type: ignore[attr-defined]

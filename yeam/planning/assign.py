@@ -152,6 +152,8 @@ def _copy(owner: Owner, outlined: Outlined) -> Job:
         work=info.dtype,
         roles=tuple(sorted(outlined.meaning.roles)),
         layer=outlined.layer,
+        depth=seat.member.depth,
+        transposed=outlined.meaning.transposed,
     )
 
 

@@ -63,14 +63,14 @@ class Job:
     role: str
     method: str
     sources: tuple[Input, ...]
+    depth: int
+    transposed: bool
     base: Input | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     work: str = "F32"
     exact: bool = False
     roles: tuple[str, ...] = ()
     layer: int | None = None
-    depth: int = 1
-    transposed: bool = False
     resident: int = 0
     companions: Mapping[str, Companion] = field(default_factory=dict)
     shard: int = -1
