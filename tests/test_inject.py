@@ -34,10 +34,12 @@ FAMILY = REPOSITORY / "examples" / "tiny-family"
 MODELS = FAMILY / "models"
 
 
-def injected(target: Tensor, sources: Sequence[Tensor], base: Tensor | None, **values: Any) -> tuple[Tensor, list[Any]]:
+def injected(
+    target: Tensor, sources: Sequence[Tensor], base: Tensor | None, depth: int = 1, **values: Any
+) -> tuple[Tensor, list[Any]]:
     """The method on one tensor, and its facts. Tiles are small, so that there are several."""
     method = method_named("inject")
-    inputs = HeldInputs(torch.stack([target, *sources]).flatten(1), base, tuple(target.shape), tile=256)
+    inputs = HeldInputs(torch.stack([target, *sources]).flatten(1), base, tuple(target.shape), tile=256, depth=depth)
     given = {parameter.keyword: parameter.default for parameter in method.parameters.values()}
     out_T = torch.cat(list(method.run(inputs, {**given, **values})))
     return out_T.view(target.shape), inputs.facts
@@ -95,6 +97,22 @@ def test_the_budget_bounds_all_sources_together(
     assert change <= budget * (1 + 1e-4)
     told = sum(part["moved"] ** 2 for part in facts) ** 0.5 / float(target.norm())
     assert change == pytest.approx(told, rel=1e-3, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 99), st.integers(1, 3), st.sampled_from([1, 4, 32]), st.sampled_from([1e-4, 0.01, 0.1, 1.0]))
+def test_how_far_a_target_moves(seed: int, count: int, depth: int, moved: float) -> None:
+    """Along what the sources made of their updates: a share of its norm that all layers have together, or some lengths of the update."""
+    generator = torch.Generator().manual_seed(seed)
+    base, own, *updates = torch.randn(2 + count, 32, 48, generator=generator)
+    target, sources = base + 0.01 * own, [base + moved * update for update in updates]
+    out, _ = injected(target, sources, base, depth, policy="priority", budget=1e9)
+    delta_KT = torch.stack([source - base for source in sources]).flatten(1)
+    resolved_T = resolve(delta_KT, "priority", 32.0)
+    length = float(resolved_T.norm())
+    along = float((out - target).flatten() @ resolved_T) / length
+    furthest = float(delta_KT.norm(dim=1).max()) / float(target.norm())
+    assert along == pytest.approx(length * min(0.17 / (depth * furthest), 4.4) / count**0.5, rel=1e-2)
 
 
 def test_the_order_of_sources_matters_only_by_priority() -> None:
@@ -398,6 +416,12 @@ def test_not_finite_sources(tmp_path: Path, llama: Llama) -> None:
     found = load_file(tmp_path / "out" / "model.safetensors")[name]
     mine = load_file(target / "model.safetensors")[name]
     assert bool(found[1, 2].isnan()) and int((found != mine).sum()) == 1
+
+
+def test_jobs_know_the_model_that_they_are_of() -> None:
+    """How far a target moves follows from its layers, also where its tensors would else be copied."""
+    plan = yeam.plan(inject_recipe(MODELS / "prose", [MODELS / "code"], MODELS / "base"))
+    assert {job.method for job in plan.jobs} == {"inject", "copy"} and {job.depth for job in plan.jobs} == {4}
 
 
 def test_distilled_strengths(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Measure injection: two experts into a third one, YeAM's defaults against tuned rivals, on the tiny family.
 
-    python tests/benchmarks/inject.py [--json] [--out TABLE.md] [--family DIR] [--targets NAME …] [--policy POLICY]
+    python tests/benchmarks/inject.py [--json] [--out TABLE.md] [--family DIR] [--targets NAME …] [--set policy=consensus]
 
 For every target and every pair of other experts, on held-out text of the three domains, in nats:
 
@@ -18,7 +18,8 @@ YeAM is `yeam.inject` with nothing but the models. Everything is stored in bf16 
 a 95 % interval from resampling the held-out sequences, the same ones for all methods.
 Exit status 0 if YeAM keeps to the limit everywhere and its mean gain is above that of every rival with the whole interval, 1 if not.
 
-DIR holds models/base, models/EXPERT … and heldout.safetensors, as examples/tiny-family does: for SmolLM2, or for other seeds.
+DIR holds models/base, models/EXPERT … and heldout.safetensors, as examples/tiny-family does. With `--quality WORK/FAMILY/SEED/REGIME` the
+experts are those of tests/benchmarks/quality (`--only models` makes them).
 
 Legend: B sequences, T tokens, D sequences of a domain.
 """
@@ -50,6 +51,8 @@ DENSITIES = (0.2, 0.5)
 RESAMPLED = 2000
 
 Weights = Mapping[str, Tensor]
+Text = tuple[Tensor, Tensor]
+"""Token ids [D, T], and which of them are scored (of question-answer text the answers)."""
 Losses = dict[str, Tensor]
 """Loss of every held-out sequence [D], by domain."""
 Point = tuple[float, float, float, Losses]
@@ -59,16 +62,36 @@ Point = tuple[float, float, float, Losses]
 class Bench:
     """The family in memory, and one model that takes any weights and reads held-out text."""
 
-    def __init__(self, family: Path, sequences: int | None) -> None:
-        self.folders = {path.name: path for path in sorted((family / "models").iterdir()) if path.is_dir()}
+    def __init__(self, folders: dict[str, Path], heldout: Mapping[str, Text], sequences: int | None) -> None:
+        """folders: of `base` and every expert; heldout: of every expert's domain."""
+        self.folders = folders
         self.experts = [name for name in self.folders if name != "base"]
         self.model = AutoModelForCausalLM.from_pretrained(self.folders["base"], dtype=torch.float32).eval()
         self.parameters = dict(self.model.named_parameters())
-        self.heldout = {d: ids[:sequences].long() for d, ids in load_file(family / "heldout.safetensors").items()}
+        self.heldout = {d: (ids[:sequences].long(), scored[:sequences]) for d, (ids, scored) in heldout.items()}
         self.weights = {name: self.read(folder) for name, folder in self.folders.items()}
         self.base = self.weights["base"]
         self.base_loss = self.losses(self.base, self.experts)
         self.expert_loss = {e: self.losses(self.weights[e], self.experts) for e in self.experts}
+
+    @classmethod
+    def of_family(cls, family: Path, sequences: int | None) -> Bench:
+        folders = {path.name: path for path in sorted((family / "models").iterdir()) if path.is_dir()}
+        tensors = load_file(family / "heldout.safetensors")
+        return cls(folders, {d: (ids, torch.ones_like(ids, dtype=torch.bool)) for d, ids in tensors.items()}, sequences)
+
+    @classmethod
+    def of_quality(cls, made: Path, domains: list[str], sequences: int | None) -> Bench:
+        """Experts that `quality --only models` made in the folder WORK/FAMILY/SEED/REGIME, on both splits of its text."""
+        own = made.parent / "base"
+        base = own if own.is_dir() else made.parents[1] / "base"  # seeds of pretrained families share theirs
+        tensors = load_file(made.parents[1] / "data-128.safetensors")
+
+        def text(domain: str, what: str) -> Tensor:
+            return torch.cat([tensors[f"{domain}/{split}/{what}"] for split in ("test", "tuning")])
+
+        heldout = {d: (text(d, "ids"), text(d, "answers") > 0) for d in domains}
+        return cls({"base": base, **{d: made / d for d in domains}}, heldout, sequences)
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         """The weights of a folder as they are stored, by parameter name; a tied head is not read twice."""
@@ -83,10 +106,11 @@ class Bench:
         out = {}
         for domain in domains:
             rows = []
-            for ids_BT in self.heldout[domain].split(16):
+            for ids_BT, scored_BT in zip(*(part.split(16) for part in self.heldout[domain])):
                 logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
                 loss_BT = cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:], reduction="none")
-                rows.append(loss_BT.mean(dim=1).double())
+                counts_BT = scored_BT[:, 1:].double()
+                rows.append((loss_BT * counts_BT).sum(dim=1) / counts_BT.sum(dim=1))
             out[domain] = torch.cat(rows)
         return out
 
@@ -189,7 +213,7 @@ def interval(
 ) -> tuple[float, float]:
     """95 % of the mean over the rows of score(row, resampled sequences)."""
     generator = torch.Generator().manual_seed(0)
-    count = min(len(ids) for ids in bench.heldout.values())
+    count = min(len(ids) for ids, _ in bench.heldout.values())
     means = []
     for _ in range(RESAMPLED):
         pick = torch.randint(count, (count,), generator=generator)
@@ -247,6 +271,8 @@ def main() -> int:
     parser.add_argument(
         "--family", type=Path, default=FAMILY, help="models/base, models/EXPERT and heldout.safetensors"
     )
+    parser.add_argument("--quality", type=Path, help="instead: WORK/FAMILY/SEED/REGIME of tests/benchmarks/quality")
+    parser.add_argument("--experts", nargs="+", default=["code", "russian", "questions"], help="of these domains")
     parser.add_argument("--targets", nargs="+", help="only these targets")
     parser.add_argument("--sequences", type=int, help="only so many held-out sequences a domain")
     parser.add_argument(
@@ -265,7 +291,11 @@ def main() -> int:
         except ValueError:
             options[key] = value
     start = time.perf_counter()
-    bench = Bench(args.family, args.sequences)
+    bench = (
+        Bench.of_quality(args.quality, args.experts, args.sequences)
+        if args.quality
+        else Bench.of_family(args.family, args.sequences)
+    )
     rows = []
     for target in args.targets or bench.experts:
         for sources in combinations([e for e in bench.experts if e != target], 2):

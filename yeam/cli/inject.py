@@ -45,7 +45,7 @@ def inject(
     policy: Annotated[str, typer.Option(metavar="union|consensus|priority", help="What is taken.")] = "union",
     budget: Annotated[
         float | None,
-        typer.Option(help="Largest change of a tensor relative to its norm, by all sources together; 0.12 by default."),
+        typer.Option(help="Largest change of a tensor relative to its norm, by all sources together; 0.3 by default."),
     ] = None,
     strength: Annotated[float, typer.Option(help="Of every step; 1 is what was measured to be safe.")] = 1.0,
     roles: Annotated[

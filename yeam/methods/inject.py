@@ -4,7 +4,7 @@ Legend: K sources, T elements of a tile, M rows and N columns of a panel, B bloc
 
 The first model is the target; updates are those of the others over the base, or over the target where there is no base. A panel
 is resolved (rays and agreement), spread over frames as in `yeam`, kept off what the target uses (`yeam.geometry.protect`), and
-added with a length that the point of the rays sets and the budget bounds.
+added as far as makes a set progress along what was resolved; the budget bounds it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ if TYPE_CHECKING:
 Policy = Literal["consensus", "union", "priority"]
 Protect = Literal["space", "rays", "none"]
 
-# a bound on the unusual: by itself the step comes to 0.01 of the norm on short fine-tunes of SmolLM2 and to 0.10 on the tiny family,
-# where a budget of 0.02 leaves 0.06 of the sources' gain in place of 0.24
-BUDGET = 0.12
-# the step is REACH · r^POWER lengths of the resolved update, r the sources' mean displacement: measured at r = 0.05 (tiny family) and
-# r = 0.003 (SmolLM2), where three quarters of the step that the power -0.3 would give are what the target bears
-REACH, POWER = 0.95, -0.2
-LEAST_DISPLACEMENT = 1e-3
+# a bound on the unusual: by itself the step comes to 0.01 to 0.02 of the norm on SmolLM2 and to 0.07 to 0.15 on tiny models
+BUDGET = 0.3
+# along the resolved update a matrix moves by SHARE / depth of its norm (what layers move adds up), and by MOST / √K times the update: what
+# the family of examples/ and short fine-tunes of SmolLM2 bear; other fine-tunes bear two or three times SHARE
+SHARE, MOST = 0.17, 4.4
+LEAST_COSINE = 0.05
 REACH_WITHOUT_BASE = 0.04  # lengths of the resolved update: such updates undo the target's own
-# elements that are in memory at a time, three times over; protection costs their number times the sides
+# elements that are in memory at a time, four times over; protection costs their number times the sides
 PANEL = 1 << 24
 STEP = 1 << 20  # elements that are handed over at a time
 
@@ -82,7 +81,7 @@ def _resident(shape: tuple[int, ...], K: int, values: Mapping[str, Any]) -> int:
     if math.prod(shape) == 0:
         return 0
     panel = max(panels_of(shape, values["head_rows"]), key=lambda panel: panel.numel)
-    held = 4 * (3 * panel.numel + 2 * math.ceil(panel.numel / 4))
+    held = 4 * (4 * panel.numel + 2 * math.ceil(panel.numel / 4))
     if not panel.is_matrix:
         return held
     frames: Frames = values["frames"]
@@ -99,7 +98,7 @@ def inject(
     strength: Annotated[float, Ge(0)] = 1.0,
     budget: Annotated[float, Ge(0)] = BUDGET,
     protect: Protect = "space",
-    softness: Annotated[float, Gt(0)] = 4.0,
+    softness: Annotated[float, Gt(0)] = 32.0,
     frames: Frames = 256,
     rounds: Annotated[int, Ge(1)] | None = None,
     head_rows: Annotated[int, Ge(0)] = 0,
@@ -164,8 +163,8 @@ def _panel(
 
     n, K = panel.numel, len(kept)
     B = math.ceil(n / SIDE)
-    held_T = inputs.hold(3 * n + 2 * B)
-    point_T, target_T, own_T, joint_B, single_B = torch.split(held_T, [n, n, n, B, B])
+    held_T = inputs.hold(4 * n + 2 * B)
+    point_T, resolved_T, target_T, own_T, joint_B, single_B = torch.split(held_T, [n, n, n, n, B, B])
     energies = Energies(joint_B, single_B, K)
     moments = Moments.of(K)
     origin = _Origin(torch.zeros(inputs.K + 1, dtype=torch.float64), torch.zeros(inputs.K, dtype=torch.float64))
@@ -185,15 +184,18 @@ def _panel(
         return
     grid = Grid.of(panel.rows, panel.columns, *heads) if panel.is_matrix else Grid(1, 1, 1, B)
     coherence_B, facts = block_coherence_(energies, grid)
-    _gate_(point_T, coherence_B, how.policy, K)
-    length = float(torch.linalg.vector_norm(point_T))
-    own = own_T if inputs.has_base else None
-    reach = how.strength * length * (_reach(moments) if inputs.has_base else REACH_WITHOUT_BASE)
-    moved = min(reach, how.budget * moments.base_square**0.5)
-    if length > 0:
-        _shape_(point_T, own, target_T, panel, how, facts["agreement"])
-    norm = float(torch.linalg.vector_norm(point_T))
-    moved = moved if norm > 0 else 0.0
+    lost = _gate_(point_T, coherence_B, how.policy, K)
+    length = norm = float(torch.linalg.vector_norm(point_T))
+    reach = how.strength * length * REACH_WITHOUT_BASE
+    if inputs.has_base and length > 0:
+        resolved_T.copy_(point_T)
+        rounding = moments.rounding([1.0] * K, [inputs.rounding[k] for k in kept])
+        departure = moments.departure + lost
+        _shape_(point_T, own_T, target_T, panel, how, facts["agreement"], rounding, departure, inputs.transposed)
+        norm = float(torch.linalg.vector_norm(point_T))
+        along = float(torch.dot(point_T, resolved_T)) / length if norm > 0 else 0.0
+        reach = how.strength * length * _reach(moments, along / norm if norm > 0 else 0.0, inputs.depth)
+    moved = min(reach, how.budget * moments.base_square**0.5) if norm > 0 else 0.0
     inputs.record(
         update_norms=[float(norm) for norm in moments.norms_K],
         base_norm=moments.base_square**0.5,
@@ -211,12 +213,15 @@ def _panel(
     yield from torch.split(point_T if update_only else target_T, STEP)
 
 
-def _reach(moments: Moments) -> float:
-    """Gentle updates may be followed further than harsh ones."""
+def _reach(moments: Moments, cosine: float, depth: int) -> float:
+    """How many lengths of the resolved update are added: min(SHARE / (r · depth), MOST) / (√K · cosine).
+
+    cosine: between what is added and the resolved update. r: the furthest source's displacement from the target's weights.
+    """
     if moments.base_square == 0:
         return 0.0
-    displacement = moments.mean_norm / moments.base_square**0.5
-    return float(REACH * max(displacement, LEAST_DISPLACEMENT) ** POWER)
+    along = min(SHARE / (moments.displacement * depth), MOST) / len(moments.gram_KK) ** 0.5
+    return float(along / max(cosine, LEAST_COSINE))
 
 
 def resolve(delta_KT: Tensor, policy: Policy, softness: float) -> Tensor:
@@ -243,33 +248,63 @@ def resolve(delta_KT: Tensor, policy: Policy, softness: float) -> Tensor:
     return point_BS.view(-1)[:T]
 
 
-def _gate_(point_T: Tensor, coherence_B: Tensor, policy: Policy, K: int) -> None:
-    """Blocks by their agreement: what is shared (consensus), what is not opposed (union); by priority nothing is taken back."""
+def _gate_(point_T: Tensor, coherence_B: Tensor, policy: Policy, K: int) -> float:
+    """Blocks by their agreement: what is shared (consensus), what is not opposed (union); by priority nothing is taken back.
+
+    Returns the squared length of what was taken."""
     from yeam.geometry.agreement import shared, unopposed
     from yeam.geometry.rays import SIDE
 
     if policy == "priority" or K == 1:
-        return
+        return 0.0
     factor_B = shared(coherence_B, K) if policy == "consensus" else unopposed(coherence_B, K)
     whole = point_T.numel() // SIDE
-    point_T[: whole * SIDE].view(-1, SIDE).mul_(factor_B[:whole, None])
-    point_T[whole * SIDE :].mul_(factor_B[-1])
+    lost = 0.0
+    for x_BS, kept_B in (
+        (point_T[: whole * SIDE].view(whole, SIDE), factor_B[:whole]),
+        (point_T[whole * SIDE :].view(1, -1), factor_B[-1:]),
+    ):
+        square_B = x_BS.square().sum(dim=1)
+        lost += float(square_B @ (1 - kept_B).square())
+        x_BS.mul_(kept_B[:, None])
+    return lost
 
 
-def _shape_(point_T: Tensor, own_T: Tensor | None, target_T: Tensor, panel: Panel, how: _How, agreement: float) -> None:
-    """Spread the point over frames and keep it off what the target uses; its length is set afterwards."""
-    from yeam.geometry.frames import spread_, spread_spectral_
+def _shape_(
+    point_T: Tensor,
+    own_T: Tensor,
+    target_T: Tensor,
+    panel: Panel,
+    how: _How,
+    agreement: float,
+    rounding: float,
+    departure: float,
+    transposed: bool,
+) -> None:
+    """Spread the point over frames and keep it off what the target uses; its length is set afterwards.
+
+    rounding, departure: squared lengths of what in the point is noise (`Moments`); axes that hold no more than that are not raised.
+    """
+    from yeam.geometry.frames import noise_edge, spread_, spread_spectral_
     from yeam.geometry.protect import off_rays_, protect_
 
-    if own_T is None:
-        return
     if panel.is_matrix:
         point_MN = point_T.view(panel.rows, panel.columns)
         alpha = 1 - agreement / 2  # a single direction is spread by half: a target is touched more gently so
+        edge = noise_edge(point_MN.shape, how.frames if isinstance(how.frames, int) else None)
+        noise = (rounding + edge * departure) / panel.numel
         if how.frames == "spectral":
-            spread_spectral_(point_MN, alpha=alpha)
+            spread_spectral_(point_MN, alpha=alpha, noise=noise)
         elif how.frames != "none":
-            spread_(point_MN, alpha=alpha, width=how.frames, rounds=how.rounds, seed=how.seed)
+            spread_(
+                point_MN,
+                alpha=alpha,
+                width=how.frames,
+                rounds=how.rounds,
+                seed=how.seed,
+                noise=noise,
+                square_rows=transposed,
+            )
         if how.protect == "space":
             used = [own_T.view_as(point_MN), target_T.view_as(point_MN)]
             protect_(point_MN, used)
