@@ -70,6 +70,10 @@ def problems(text: str, **options: Any) -> list[str]:
             "the string 'zreo' (did you mean 'zero'?)",
         ),
         (
+            HEAD + "tokenizer:\n  tokens:\n    a: {source: zero}",
+            "r.yaml:6: tokenizer.tokens.a.source 'zero' is a kind, not a model",
+        ),
+        (
             HEAD + "tokenizer:\n  tokens:\n    a: {source: {kind: model_token, model: x}}",
             "r.yaml:6: tokenizer.tokens.a.source must name exactly one of 'token' and 'token_id'",
         ),

@@ -46,6 +46,11 @@ def _plain_vocabulary(value: str | ModelRef) -> Any:
 
 def _parse_token_source(value: Any, info: ValidationInfo) -> TokenSource:
     """A model, `{kind: zero}` or `{kind: model_token, model, token | token_id}`."""
+    if isinstance(value, str) and value in KINDS:
+        wanted = f"write {{{', '.join([f'kind: {value}', *(f'{key}: …' for key in KINDS[value][1:3])])}}}"
+        raise fault(
+            Problem((), f"{value!r} is a kind, not a model", remedy=f"{wanted}; a folder of that name is ./{value}")
+        )
     if not isinstance(value, dict) or "kind" not in value:
         return parse_reference(value, info)
     kind = value["kind"]
