@@ -28,7 +28,8 @@ from yeam.errors import CheckpointError, ConfigError, UserError
 from yeam.geometry import agreement, protect
 from yeam.injection import inject_recipe
 from yeam.methods import method_named
-from yeam.methods.inject import panels_of, resolve
+from yeam.methods.inject import panels_of
+from yeam.methods.inject_step import resolve
 
 FAMILY = REPOSITORY / "examples" / "tiny-family"
 MODELS = FAMILY / "models"

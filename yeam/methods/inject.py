@@ -13,10 +13,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt
 
+from yeam.methods.inject_step import REACH_WITHOUT_BASE, How, Policy, Protect, gate_, reach, resolve, shape_
 from yeam.methods.inputs import Inputs
 from yeam.methods.registry import Whole, merge_method
 from yeam.methods.yeam import LEAST_SIDE, PANEL_ROWS, ROUNDS, Frames
@@ -24,18 +25,8 @@ from yeam.methods.yeam import LEAST_SIDE, PANEL_ROWS, ROUNDS, Frames
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from yeam.geometry.length import Moments
-
-Policy = Literal["consensus", "union", "priority"]
-Protect = Literal["space", "rays", "none"]
-
 # a bound on the unusual: by itself the step comes to 0.01 to 0.02 of the norm on SmolLM2 and to 0.07 to 0.15 on tiny models
 BUDGET = 0.3
-# along the resolved update a matrix moves by SHARE / depth of its norm (what layers move adds up), and by MOST / √K times the update: what
-# the family of examples/ and short fine-tunes of SmolLM2 bear; other fine-tunes bear two or three times SHARE
-SHARE, MOST = 0.17, 4.4
-LEAST_COSINE = 0.05
-REACH_WITHOUT_BASE = 0.04  # lengths of the resolved update: such updates undo the target's own
 # elements that are in memory at a time, four times over; protection costs their number times the sides
 PANEL = 1 << 24
 STEP = 1 << 20  # elements that are handed over at a time
@@ -115,7 +106,7 @@ def inject(
     update_only: the step itself, without the target.
     A source that equals another one, or the target, is left out. Yields the output in tiles.
     """
-    how = _How(policy, strength, budget, protect, softness, frames, rounds or ROUNDS.get(frames, 1), seed)
+    how = How(policy, strength, budget, protect, softness, frames, rounds or ROUNDS.get(frames, 1), seed)
     kept = _distinct(inputs) if strength > 0 and budget > 0 else []
     if not kept:
         inputs.record(left_out=list(range(inputs.K - 1)), moved=0.0)
@@ -124,18 +115,6 @@ def inject(
         return
     for panel in panels_of(inputs.shape, head_rows):
         yield from _panel(inputs, panel, kept, how, (head_rows, head_columns), update_only)
-
-
-@dataclass(frozen=True)
-class _How:
-    policy: Policy
-    strength: float
-    budget: float
-    protect: Protect
-    softness: float
-    frames: Frames
-    rounds: int
-    seed: int
 
 
 def _distinct(inputs: Inputs) -> list[int]:
@@ -152,7 +131,7 @@ def _distinct(inputs: Inputs) -> list[int]:
 
 
 def _panel(
-    inputs: Inputs, panel: Panel, kept: list[int], how: _How, heads: tuple[int, int], update_only: bool
+    inputs: Inputs, panel: Panel, kept: list[int], how: How, heads: tuple[int, int], update_only: bool
 ) -> Iterator[Tensor]:
     """One pass over the inputs into memory, the update there, and the output from there."""
     import torch
@@ -184,23 +163,24 @@ def _panel(
         return
     grid = Grid.of(panel.rows, panel.columns, *heads) if panel.is_matrix else Grid(1, 1, 1, B)
     coherence_B, facts = block_coherence_(energies, grid)
-    lost = _gate_(point_T, coherence_B, how.policy, K)
+    lost = gate_(point_T, coherence_B, how.policy, K)
     length = norm = float(torch.linalg.vector_norm(point_T))
-    reach = how.strength * length * REACH_WITHOUT_BASE
+    wanted = how.strength * length * REACH_WITHOUT_BASE
     if inputs.has_base and length > 0:
         resolved_T.copy_(point_T)
+        sides = (panel.rows, panel.columns) if panel.is_matrix else None
         rounding = moments.rounding([1.0] * K, [inputs.rounding[k] for k in kept])
         departure = moments.departure + lost
-        _shape_(point_T, own_T, target_T, panel, how, facts["agreement"], rounding, departure, inputs.transposed)
+        shape_(point_T, own_T, target_T, sides, how, facts["agreement"], rounding, departure, inputs.transposed)
         norm = float(torch.linalg.vector_norm(point_T))
         along = float(torch.dot(point_T, resolved_T)) / length if norm > 0 else 0.0
-        reach = how.strength * length * _reach(moments, along / norm if norm > 0 else 0.0, inputs.depth)
-    moved = min(reach, how.budget * moments.base_square**0.5) if norm > 0 else 0.0
+        wanted = how.strength * length * reach(moments, along / norm if norm > 0 else 0.0, inputs.depth)
+    moved = min(wanted, how.budget * moments.base_square**0.5) if norm > 0 else 0.0
     inputs.record(
         update_norms=[float(norm) for norm in moments.norms_K],
         base_norm=moments.base_square**0.5,
         moved=moved,
-        reach=reach,
+        reach=wanted,
         left_out=[k - 1 for k in range(1, inputs.K) if k not in kept],
         **facts,
         **(origin.facts if inputs.has_base else {}),
@@ -211,105 +191,6 @@ def _panel(
     elif factor > 0:
         target_T.add_(point_T, alpha=factor)
     yield from torch.split(point_T if update_only else target_T, STEP)
-
-
-def _reach(moments: Moments, cosine: float, depth: int) -> float:
-    """How many lengths of the resolved update are added: min(SHARE / (r · depth), MOST) / (√K · cosine).
-
-    cosine: between what is added and the resolved update. r: the furthest source's displacement from the target's weights.
-    """
-    if moments.base_square == 0:
-        return 0.0
-    along = min(SHARE / (moments.displacement * depth), MOST) / len(moments.gram_KK) ** 0.5
-    return float(along / max(cosine, LEAST_COSINE))
-
-
-def resolve(delta_KT: Tensor, policy: Policy, softness: float) -> Tensor:
-    """Updates [K, T] in blocks of four weights → [T]: the rays' point (union), the mean (consensus), or one after the other (priority).
-
-    By priority a later update adds, in each block, what lies across the point so far, and along it only what goes beyond it.
-    """
-    import torch
-
-    from yeam.geometry.rays import SIDE, ray_point
-
-    if policy == "union":
-        return ray_point(delta_KT, softness)
-    if policy == "consensus":
-        return delta_KT.mean(dim=0)
-    T = delta_KT.shape[1]
-    padded_KBS = torch.nn.functional.pad(delta_KT, (0, -T % SIDE)).view(len(delta_KT), -1, SIDE)
-    point_BS = padded_KBS[0].clone()
-    tiny = torch.finfo(point_BS.dtype).tiny
-    for delta_BS in padded_KBS[1:]:
-        square_B1 = point_BS.square().sum(dim=1, keepdim=True).clamp_(min=tiny)
-        along_B1 = ((delta_BS * point_BS).sum(dim=1, keepdim=True) / square_B1).clamp_(max=1)
-        point_BS = point_BS + delta_BS - along_B1 * point_BS
-    return point_BS.view(-1)[:T]
-
-
-def _gate_(point_T: Tensor, coherence_B: Tensor, policy: Policy, K: int) -> float:
-    """Blocks by their agreement: what is shared (consensus), what is not opposed (union); by priority nothing is taken back.
-
-    Returns the squared length of what was taken."""
-    from yeam.geometry.agreement import shared, unopposed
-    from yeam.geometry.rays import SIDE
-
-    if policy == "priority" or K == 1:
-        return 0.0
-    factor_B = shared(coherence_B, K) if policy == "consensus" else unopposed(coherence_B, K)
-    whole = point_T.numel() // SIDE
-    lost = 0.0
-    for x_BS, kept_B in (
-        (point_T[: whole * SIDE].view(whole, SIDE), factor_B[:whole]),
-        (point_T[whole * SIDE :].view(1, -1), factor_B[-1:]),
-    ):
-        square_B = x_BS.square().sum(dim=1)
-        lost += float(square_B @ (1 - kept_B).square())
-        x_BS.mul_(kept_B[:, None])
-    return lost
-
-
-def _shape_(
-    point_T: Tensor,
-    own_T: Tensor,
-    target_T: Tensor,
-    panel: Panel,
-    how: _How,
-    agreement: float,
-    rounding: float,
-    departure: float,
-    transposed: bool,
-) -> None:
-    """Spread the point over frames and keep it off what the target uses; its length is set afterwards.
-
-    rounding, departure: squared lengths of what in the point is noise (`Moments`); axes that hold no more than that are not raised.
-    """
-    from yeam.geometry.frames import noise_edge, spread_, spread_spectral_
-    from yeam.geometry.protect import off_rays_, protect_
-
-    if panel.is_matrix:
-        point_MN = point_T.view(panel.rows, panel.columns)
-        alpha = 1 - agreement / 2  # a single direction is spread by half: a target is touched more gently so
-        edge = noise_edge(point_MN.shape, how.frames if isinstance(how.frames, int) else None)
-        noise = (rounding + edge * departure) / panel.numel
-        if how.frames == "spectral":
-            spread_spectral_(point_MN, alpha=alpha, noise=noise)
-        elif how.frames != "none":
-            spread_(
-                point_MN,
-                alpha=alpha,
-                width=how.frames,
-                rounds=how.rounds,
-                seed=how.seed,
-                noise=noise,
-                square_rows=transposed,
-            )
-        if how.protect == "space":
-            used = [own_T.view_as(point_MN), target_T.view_as(point_MN)]
-            protect_(point_MN, used)
-    if how.protect == "rays" or (how.protect == "space" and not panel.is_matrix):
-        off_rays_(point_T, own_T)
 
 
 def _not_finite(inputs: Inputs, panel: Panel, update_only: bool) -> Iterator[Tensor]:

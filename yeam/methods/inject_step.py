@@ -1,0 +1,140 @@
+"""The step of an injection: sources resolved into one update, spread over frames, kept off what the target uses; and how far it goes.
+
+Legend: K sources, T elements of a panel, M rows and N columns of it, B blocks of four weights, S weights of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from yeam.methods.yeam import Frames
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from yeam.geometry.length import Moments
+
+Policy = Literal["consensus", "union", "priority"]
+Protect = Literal["space", "rays", "none"]
+
+# along the resolved update a matrix moves by SHARE / depth of its norm (what layers move adds up), and by MOST / √K times the update:
+# what the family of examples/ and short fine-tunes of SmolLM2 bear; other fine-tunes bear two or three times SHARE
+SHARE, MOST = 0.17, 4.4
+LEAST_COSINE = 0.05
+REACH_WITHOUT_BASE = 0.04  # lengths of the resolved update: such updates undo the target's own
+
+
+@dataclass(frozen=True)
+class How:
+    """The options of an injection."""
+
+    policy: Policy
+    strength: float
+    budget: float
+    protect: Protect
+    softness: float
+    frames: Frames
+    rounds: int
+    seed: int
+
+
+def reach(moments: Moments, cosine: float, depth: int) -> float:
+    """How many lengths of the resolved update are added: min(SHARE / (r · depth), MOST) / (√K · cosine).
+
+    cosine: between what is added and the resolved update. r: the furthest source's displacement from the target's weights.
+    """
+    if moments.base_square == 0:
+        return 0.0
+    along = min(SHARE / (moments.displacement * depth), MOST) / len(moments.gram_KK) ** 0.5
+    return float(along / max(cosine, LEAST_COSINE))
+
+
+def resolve(delta_KT: Tensor, policy: Policy, softness: float) -> Tensor:
+    """Updates [K, T] in blocks of four weights → [T]: the rays' point (union), the mean (consensus), or one after the other (priority).
+
+    By priority a later update adds, in each block, what lies across the point so far, and along it only what goes beyond it.
+    """
+    import torch
+
+    from yeam.geometry.rays import SIDE, ray_point
+
+    if policy == "union":
+        return ray_point(delta_KT, softness)
+    if policy == "consensus":
+        return delta_KT.mean(dim=0)
+    T = delta_KT.shape[1]
+    padded_KBS = torch.nn.functional.pad(delta_KT, (0, -T % SIDE)).view(len(delta_KT), -1, SIDE)
+    point_BS = padded_KBS[0].clone()
+    tiny = torch.finfo(point_BS.dtype).tiny
+    for delta_BS in padded_KBS[1:]:
+        square_B1 = point_BS.square().sum(dim=1, keepdim=True).clamp_(min=tiny)
+        along_B1 = ((delta_BS * point_BS).sum(dim=1, keepdim=True) / square_B1).clamp_(max=1)
+        point_BS = point_BS + delta_BS - along_B1 * point_BS
+    return point_BS.view(-1)[:T]
+
+
+def gate_(point_T: Tensor, coherence_B: Tensor, policy: Policy, K: int) -> float:
+    """Blocks by their agreement: what is shared (consensus), what is not opposed (union); by priority nothing is taken back.
+
+    Returns the squared length of what was taken.
+    """
+    from yeam.geometry.agreement import shared, unopposed
+    from yeam.geometry.rays import SIDE
+
+    if policy == "priority" or K == 1:
+        return 0.0
+    factor_B = shared(coherence_B, K) if policy == "consensus" else unopposed(coherence_B, K)
+    whole = point_T.numel() // SIDE
+    lost = 0.0
+    for x_BS, kept_B in (
+        (point_T[: whole * SIDE].view(whole, SIDE), factor_B[:whole]),
+        (point_T[whole * SIDE :].view(1, -1), factor_B[-1:]),
+    ):
+        square_B = x_BS.square().sum(dim=1)
+        lost += float(square_B @ (1 - kept_B).square())
+        x_BS.mul_(kept_B[:, None])
+    return lost
+
+
+def shape_(
+    point_T: Tensor,
+    own_T: Tensor,
+    target_T: Tensor,
+    sides: tuple[int, int] | None,
+    how: How,
+    agreement: float,
+    rounding: float,
+    departure: float,
+    transposed: bool,
+) -> None:
+    """Spread the point over frames and keep it off what the target uses; its length is set afterwards.
+
+    sides: (M, N) where the panel is a matrix. rounding, departure: squared lengths of what in the point is noise (`Moments`); axes that
+    hold no more than that are not raised.
+    """
+    from yeam.geometry.frames import noise_edge, spread_, spread_spectral_
+    from yeam.geometry.protect import off_rays_, protect_
+
+    if sides is not None:
+        point_MN = point_T.view(sides)
+        alpha = 1 - agreement / 2  # a single direction is spread by half: a target is touched more gently so
+        edge = noise_edge(point_MN.shape, how.frames if isinstance(how.frames, int) else None)
+        noise = (rounding + edge * departure) / point_T.numel()
+        if how.frames == "spectral":
+            spread_spectral_(point_MN, alpha=alpha, noise=noise)
+        elif how.frames != "none":
+            spread_(
+                point_MN,
+                alpha=alpha,
+                width=how.frames,
+                rounds=how.rounds,
+                seed=how.seed,
+                noise=noise,
+                square_rows=transposed,
+            )
+        if how.protect == "space":
+            used = [own_T.view_as(point_MN), target_T.view_as(point_MN)]
+            protect_(point_MN, used)
+    if how.protect == "rays" or (how.protect == "space" and sides is None):
+        off_rays_(point_T, own_T)
