@@ -137,9 +137,9 @@ def flatness(moments: Moments, depth: int) -> float:
         return 1.0
     unit = moments.mean_norm / moments.point_square**0.5
     found = max(progress_along(moments.along_K * unit, moments.gram_KK), LEAST_PROGRESS)
-    beyond = _beyond(moments, depth)
-    near = beyond / len(moments.gram_KK) ** 0.5 / found / _law(moments, found)
-    return float(min(1.0, max(beyond / MOST, near / NEAR)))
+    far = beyond(moments.displacement, depth)
+    near = far / len(moments.gram_KK) ** 0.5 / found / _law(moments, found)
+    return float(min(1.0, max(far / MOST, near / NEAR)))
 
 
 def step_length(
@@ -159,7 +159,7 @@ def step_length(
         return scale
     bound = further
     if depth is not None and moments.base_square > 0:
-        bound *= _beyond(moments, depth) ** flatness(moments, depth) / len(moments.gram_KK) ** 0.5
+        bound *= beyond(moments.displacement, depth) ** flatness(moments, depth) / len(moments.gram_KK) ** 0.5
     return float(min(scale, bound**alpha / progress))
 
 
@@ -170,9 +170,9 @@ def _law(moments: Moments, progress: float) -> float:
     return float(max(reach, REGION * progress**0.5 / moments.displacement))
 
 
-def _beyond(moments: Moments, depth: int) -> float:
+def beyond(displacement: float, depth: int) -> float:
     """e, how far beyond their own progress fine-tunes that moved so little are followed."""
-    return float(min(BEYOND / (moments.displacement * depth) ** 0.4, MOST))
+    return float(min(BEYOND / (displacement * depth) ** 0.4, MOST))
 
 
 def point_bound(moments: Moments) -> float:

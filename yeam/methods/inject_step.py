@@ -13,15 +13,12 @@ from yeam.methods.yeam import Frames
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from yeam.geometry.length import Moments
-
 Policy = Literal["consensus", "union", "priority"]
 Protect = Literal["space", "rays", "none"]
 
-# along the resolved update a matrix moves by SHARE / depth of its norm (what layers move adds up), and by MOST / √K times the update:
-# what the family of examples/ and short fine-tunes of SmolLM2 bear; other fine-tunes bear two or three times SHARE
-SHARE, MOST = 0.17, 4.4
-LEAST_COSINE = 0.05
+# no direction is moved further than SHARE · e times what the resolved update moves its own strongest one
+SHARE = 0.65
+STEPS = 4
 REACH_WITHOUT_BASE = 0.04  # lengths of the resolved update: such updates undo the target's own
 
 
@@ -39,15 +36,30 @@ class How:
     seed: int
 
 
-def reach(moments: Moments, cosine: float, depth: int) -> float:
-    """How many lengths of the resolved update are added: min(SHARE / (r · depth), MOST) / (√K · cosine).
+def reach(resolved: float, shaped: float, target: float, depth: int) -> float:
+    """The factor on what was shaped that gives it SHARE · e of the resolved update's spectral norm.
 
-    cosine: between what is added and the resolved update. r: the furthest source's displacement from the target's weights.
+    resolved, shaped, target: spectral norms. e = min(0.78/(ρ · depth)^⅖, 2.7) with ρ = resolved/target: gentle updates are followed
+    further (`geometry.length`). In spectral norms, as these tell what a layer's outputs change by (Yang, Simon & Bernstein 2023), in few
+    axes or many.
     """
-    if moments.base_square == 0:
-        return 0.0
-    along = min(SHARE / (moments.displacement * depth), MOST) / len(moments.gram_KK) ** 0.5
-    return float(along / max(cosine, LEAST_COSINE))
+    from yeam.geometry.length import beyond
+
+    return SHARE * beyond(resolved / target, depth) * resolved / shaped if min(resolved, shaped, target) > 0 else 0.0
+
+
+def top(x_T: Tensor, sides: tuple[int, int] | None, seed: int) -> float:
+    """The spectral norm of a matrix by a few steps of subspace iteration (Halko et al. 2011), from below; of anything else its norm."""
+    import torch
+
+    if sides is None:
+        return float(torch.linalg.vector_norm(x_T))
+    x_MN = x_T.view(sides)
+    generator = torch.Generator().manual_seed(seed)
+    q_Nw = torch.randn(sides[1], min(8, *sides), generator=generator).to(x_T)
+    for _ in range(STEPS):
+        q_Nw, _ = torch.linalg.qr(x_MN.T @ (x_MN @ q_Nw))
+    return float(torch.linalg.matrix_norm(x_MN @ q_Nw, 2))
 
 
 def resolve(delta_KT: Tensor, policy: Policy, softness: float) -> Tensor:
