@@ -113,7 +113,7 @@ def test_how_far_a_target_moves(seed: int, count: int, depth: int, moved: float)
         float(torch.linalg.matrix_norm(x, 2))
         for x in (resolve(delta_KT, "priority", 32.0).view(32, 48), target, out - target)
     )
-    wanted = SHARE * min(0.78 / (resolved / weights * depth) ** 0.4, 2.7)
+    wanted = SHARE * min(0.78 / (resolved / weights * depth) ** 0.4, 2.7) ** 1.5
     assert step / resolved == pytest.approx(wanted, rel=0.05)
 
 

@@ -173,8 +173,8 @@ def _panel(
         departure = moments.departure + lost
         shape_(point_T, own_T, target_T, sides, how, facts["agreement"], rounding, departure, inputs.transposed)
         norm = float(torch.linalg.vector_norm(point_T))
-        tops = (top(x_T, sides, how.seed) for x_T in (resolved_T, point_T, target_T))
-        wanted = how.strength * norm * reach(*tops, inputs.depth)
+        resolved, shaped, target = (top(x_T, sides, how.seed) for x_T in (resolved_T, point_T, target_T))
+        wanted = how.strength * norm * reach(resolved, shaped, target, inputs.depth)
     moved = min(wanted, how.budget * moments.base_square**0.5) if norm > 0 else 0.0
     inputs.record(
         update_norms=[float(norm) for norm in moments.norms_K],

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 Policy = Literal["consensus", "union", "priority"]
 Protect = Literal["space", "rays", "none"]
 
-# no direction is moved further than SHARE · e times what the resolved update moves its own strongest one
-SHARE = 0.65
+# no direction is moved further than SHARE · e^(3/2) times what the resolved update moves its own strongest one
+SHARE = 0.52
 STEPS = 4
 REACH_WITHOUT_BASE = 0.04  # lengths of the resolved update: such updates undo the target's own
 
@@ -37,7 +37,7 @@ class How:
 
 
 def reach(resolved: float, shaped: float, target: float, depth: int) -> float:
-    """The factor on what was shaped that gives it SHARE · e of the resolved update's spectral norm.
+    """The factor on what was shaped that gives it SHARE · e^(3/2) of the resolved update's spectral norm.
 
     resolved, shaped, target: spectral norms. e = min(0.78/(ρ · depth)^⅖, 2.7) with ρ = resolved/target: gentle updates are followed
     further (`geometry.length`). In spectral norms, as these tell what a layer's outputs change by (Yang, Simon & Bernstein 2023), in few
@@ -45,7 +45,11 @@ def reach(resolved: float, shaped: float, target: float, depth: int) -> float:
     """
     from yeam.geometry.length import beyond
 
-    return SHARE * beyond(resolved / target, depth) * resolved / shaped if min(resolved, shaped, target) > 0 else 0.0
+    return (
+        SHARE * beyond(resolved / target, depth) ** 1.5 * resolved / shaped
+        if min(resolved, shaped, target) > 0
+        else 0.0
+    )
 
 
 def top(x_T: Tensor, sides: tuple[int, int] | None, seed: int) -> float:
