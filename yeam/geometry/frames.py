@@ -132,6 +132,31 @@ def spread_spectral_(x_MN: Tensor, *, alpha: float, noise: float = 0.0) -> Tenso
     return x_MN
 
 
+def flatten_(
+    x_MN: Tensor,
+    frames: int | str,
+    *,
+    alpha: float,
+    rounds: int,
+    seed: int,
+    rounding: float,
+    departure: float,
+    over: int | None = None,
+    square_rows: bool = False,
+) -> Tensor:
+    """`spread_` with frames of that width, `spread_spectral_` for `spectral`, nothing for `none`; in place, up to a scale.
+
+    rounding, departure: squared lengths of what is noise in `over` elements (default: those of x_MN), from `length.Moments`.
+    """
+    edge = noise_edge(x_MN.shape, frames if isinstance(frames, int) else None)
+    noise = (rounding + edge * departure) / (over or x_MN.numel())
+    if frames == "spectral":
+        return spread_spectral_(x_MN, alpha=alpha, noise=noise)
+    if isinstance(frames, int):
+        return spread_(x_MN, alpha=alpha, width=frames, rounds=rounds, seed=seed, noise=noise, square_rows=square_rows)
+    return x_MN
+
+
 def noise_edge(shape: torch.Size, width: int | None = None) -> float:
     """The largest eigenvalue of a frame's Gram matrix over the mean one where the matrix is noise without structure.
 

@@ -37,7 +37,7 @@ from yeam.compiled import Array, Values
 if TYPE_CHECKING:
     from torch import Tensor
 
-REACH, REGION, BEYOND, MOST, NEAR, LEAVE = 1.7, 0.16, 0.78, 2.7, 0.3, 2.5  # how: see the README
+REACH, REGION, BEYOND, MOST, NEAR, LEAVE = 1.7, 0.16, 0.78, 2.7, 0.3, 2.5  # how: examples/measurements.md
 LEAST_PROGRESS = 1e-3
 
 

@@ -157,7 +157,7 @@ def _spread(parts: Parts, part: Update, weight: Sequence[float], frames: Frames,
     the same share of the base."""
     import torch
 
-    from yeam.geometry.frames import noise_edge, spread_, spread_spectral_
+    from yeam.geometry.frames import flatten_
     from yeam.geometry.length import flatness
 
     flat = part.alpha * flatness(part.moments, parts.inputs.depth)
@@ -167,12 +167,10 @@ def _spread(parts: Parts, part: Update, weight: Sequence[float], frames: Frames,
         length = float(torch.linalg.vector_norm(matrix_RN))
         if length == 0 or min(matrix_RN.shape) < LEAST_SIDE:
             continue
-        edge = noise_edge(matrix_RN.shape, frames if isinstance(frames, int) else None)
-        noise = (rounding + edge * part.moments.departure) / part.point_RN.numel()
-        if frames == "spectral":
-            spread_spectral_(matrix_RN, alpha=flat, noise=noise)
-        elif frames != "none":
-            spread_(matrix_RN, alpha=flat, width=frames, rounds=rounds, seed=seed, noise=noise)
+        flatten_(
+            matrix_RN, frames, alpha=flat, rounds=rounds, seed=seed, rounding=rounding,
+            departure=part.moments.departure, over=part.point_RN.numel(),
+        )  # fmt: skip
         matrix_RN.mul_(length / float(torch.linalg.vector_norm(matrix_RN)))
         part.depth = parts.inputs.depth if frames != "none" else None
 

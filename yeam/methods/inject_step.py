@@ -129,26 +129,16 @@ def shape_(
     sides: (M, N) where the panel is a matrix. rounding, departure: squared lengths of what in the point is noise (`Moments`); axes that
     hold no more than that are not raised.
     """
-    from yeam.geometry.frames import noise_edge, spread_, spread_spectral_
+    from yeam.geometry.frames import flatten_
     from yeam.geometry.protect import off_rays_, protect_
 
     if sides is not None:
         point_MN = point_T.view(sides)
         alpha = 1 - agreement / 2  # a single direction is spread by half: a target is touched more gently so
-        edge = noise_edge(point_MN.shape, how.frames if isinstance(how.frames, int) else None)
-        noise = (rounding + edge * departure) / point_T.numel()
-        if how.frames == "spectral":
-            spread_spectral_(point_MN, alpha=alpha, noise=noise)
-        elif how.frames != "none":
-            spread_(
-                point_MN,
-                alpha=alpha,
-                width=how.frames,
-                rounds=how.rounds,
-                seed=how.seed,
-                noise=noise,
-                square_rows=transposed,
-            )
+        flatten_(
+            point_MN, how.frames, alpha=alpha, rounds=how.rounds, seed=how.seed, rounding=rounding,
+            departure=departure, square_rows=transposed,
+        )  # fmt: skip
         if how.protect == "space":
             used = [own_T.view_as(point_MN), target_T.view_as(point_MN)]
             protect_(point_MN, used)

@@ -179,7 +179,7 @@ def _matrix(
         yield from _base(inputs, start, stop)
         return
     # torch comes with these, after a pass without it
-    from yeam.geometry.frames import noise_edge, spread_, spread_spectral_
+    from yeam.geometry.frames import flatten_
 
     inputs.tensors()
     point_MN = tensor(held_MN)
@@ -187,14 +187,11 @@ def _matrix(
         meeting.end_(point_MN)
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
     flat = alpha * flatness(moments, inputs.depth)
-    edge = noise_edge(point_MN.shape, frames if isinstance(frames, int) else None)
-    noise = (moments.rounding(weight, inputs.rounding) + edge * moments.departure) / (rows * columns)
-    if frames == "spectral":
-        spread_spectral_(point_MN, alpha=flat, noise=noise)
-    elif frames != "none":
-        spread_(
-            point_MN, alpha=flat, width=frames, rounds=rounds, seed=seed, noise=noise, square_rows=inputs.transposed
-        )
+    rounding = moments.rounding(weight, inputs.rounding)
+    flatten_(
+        point_MN, frames, alpha=flat, rounds=rounds, seed=seed, rounding=rounding, departure=moments.departure,
+        square_rows=inputs.transposed,
+    )  # fmt: skip
     along = Along(inputs.K)
     for part in parts(inputs, start, stop):
         along.add(part, weight, flat_T[part.start - start : part.stop - start])
