@@ -37,7 +37,7 @@ def departure(x, delta_K):
     return float((x.square().sum() - along).clamp(min=0))
 
 
-def meet(x, delta_K, axes=16, seed=0):
+def meet(x, delta_K, seed=0, ridge=1.0, axes=16):
     """x moved to where whole rows meet, in the axes of the inputs that the sources use most; of every row, not of a sample."""
     K, rows, columns = delta_K.shape
     moments = [d.T @ d / d.square().sum().clamp(min=torch.finfo(d.dtype).tiny) for d in delta_K]
@@ -49,7 +49,7 @@ def meet(x, delta_K, axes=16, seed=0):
         left, values, _ = torch.linalg.svd(torch.cat(spans, dim=1), full_matrices=False)
         Q = left[:, values.square() > 1e-3]
     small = [Q.T @ C @ Q for C in moments]
-    extra = K / columns * torch.eye(Q.shape[1], dtype=x.dtype)
+    extra = ridge * K / columns * torch.eye(Q.shape[1], dtype=x.dtype)
     inverse = torch.linalg.inv(sum(small) + extra)
     for d, C in zip(delta_K, small):
         x = x + d @ Q @ (K * (C + extra / K) @ inverse - torch.eye(Q.shape[1], dtype=x.dtype)) @ Q.T
@@ -71,7 +71,9 @@ def spread_columns(x_MN, width, alpha, generator, floor=1e-6, noise=0.0):
     return out_MN / out_MN.norm()
 
 
-def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0, depth=1, transposed=False):
+def merge(
+    base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0, depth=1, transposed=False, embedding=False
+):
     """The merged tensor. delta_K = weight_k * (source_k - base), stacked; width=None skips the frames; transposed: stored [in, out]."""
     x = rays(delta_K, softness)
     norms_K = delta_K.reshape(len(delta_K), -1).norm(dim=1)
@@ -90,19 +92,21 @@ def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0, de
 
     def law(progress):
         found = max(progress, 1e-3)
-        return max(1.7 * found / shared / displacement**0.25, 0.16 * found**0.5 / displacement)
+        return max(1.7 * found / shared / displacement**0.25, 0.136 * (beyond * found) ** 0.5 / displacement)
 
     beyond = min(0.78 / (displacement * depth) ** 0.4, 2.7)
     share = max(progress_of(x * norms_K.mean() / x.norm()), 1e-3)
     flat = 1.0
     if float(base.norm()) > 0:
-        flat = min(1.0, max(beyond / 2.7, beyond / (0.3 * len(delta_K) ** 0.5 * share * law(share))))
+        near = beyond * displacement / (0.048 * len(delta_K) ** 0.5 * share**1.5)
+        flat = min(1.0, max(beyond / 2.7, near))
     if width and float(base.norm()) > 0:
-        x = meet(x.T, delta_K.mT, seed=seed).T if transposed else meet(x, delta_K, seed=seed)
+        ridge = 3.0 if embedding else 1.0
+        x = meet(x.T, delta_K.mT, seed, ridge).T if transposed else meet(x, delta_K, seed, ridge)
     if width and alpha > 0:
         generator = torch.Generator().manual_seed(seed)
         edge = (1 + (min(width, *x.shape) / max(x.shape)) ** 0.5) ** 2
-        noise = edge * spread / x.numel()
+        noise = 0.0 if embedding else edge * spread / x.numel()
         for number in range(rounds):
             known = 0.0 if number else noise
             if x.shape[1] < x.shape[0] or (x.shape[1] == x.shape[0] and not transposed):
@@ -113,6 +117,6 @@ def merge(base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0, de
     progress = progress_of(x)
     scale = min(law(progress) ** alpha, longest)
     if progress > 0:
-        bound = beyond**flat / len(delta_K) ** 0.5 if width else 1.0
+        bound = beyond**flat / len(delta_K) ** 0.5 if width else beyond / len(delta_K)
         scale = min(scale, bound**alpha / progress)
     return base + lam * scale * x

@@ -258,9 +258,11 @@ def test_rays_frames_and_length_by_formula(tmp_path: Path, frames: str | int) ->
         progress = (deltas @ hat.flatten()).sum() / norms.square().sum()
         displacement = norms.max() / x[name].norm()
         shared = total.clamp(min=1)
-        law = max(1.7 * progress / shared / displacement**0.25, 0.16 * progress**0.5 / displacement) ** alpha
+        beyond = min(0.78 / (2 * displacement) ** 0.4, 2.7)
+        region = 0.136 * (beyond * progress) ** 0.5 / displacement
+        law = max(1.7 * progress / shared / displacement**0.25, region) ** alpha
         bound = 2.5 * point.norm() / norms.mean()
-        beyond = min(0.78 / (2 * displacement) ** 0.4, 2.7) / 2**0.5 if frames == 256 else 1.0
+        beyond = beyond / 2**0.5 if frames == 256 else beyond / 2
         further = 1.2 if name == q_name else 1.0  # φ is 1 for two layers
         step = min(law, bound, (further * beyond) ** alpha / progress)
         torch.testing.assert_close(out[name] - x[name], hat * step, rtol=1e-9, atol=1e-12)

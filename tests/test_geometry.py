@@ -278,11 +278,12 @@ def test_agreement(K: int, copies: int, seed: int) -> None:
     with_base=st.booleans(),
     moved=st.sampled_from([1.0, 0.03, 0.001]),
     depth=st.sampled_from([1, 4, 32]),
+    role=st.sampled_from(["mlp", "embedding"]),
     tile=st.sampled_from([64, 1 << 18]),
     seed=SEED,
 )
 @SETTINGS
-def test_merge_equals_the_reference(K, shape, parameters, with_base, moved, depth, tile, seed) -> None:
+def test_merge_equals_the_reference(K, shape, parameters, with_base, moved, depth, role, tile, seed) -> None:
     size = max(1, torch.Size(shape).numel())
     delta = moved * updates(K, size, seed).view(K, *shape)
     base = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
@@ -297,10 +298,11 @@ def test_merge_equals_the_reference(K, shape, parameters, with_base, moved, dept
         lam=parameters.get("lambda_", 1.0),
         seed=parameters.get("seed", 0),
         depth=depth,
+        embedding=role == "embedding",
     )
     if K == 1 and not with_base:
         expected = delta[0] * parameters.get("lambda_", 1.0)
-    merged = merge(sources, base if with_base else None, tile, {"depth": depth}, **parameters)
+    merged = merge(sources, base if with_base else None, tile, {"depth": depth, "role": role}, **parameters)
     torch.testing.assert_close(merged, expected, rtol=1e-7, atol=1e-9)
 
 

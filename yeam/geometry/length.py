@@ -3,23 +3,24 @@
 Legend: K sources, T elements of a tile.
 
     r = max_k ‖V_k‖ / ‖base‖ ,  p = Σ_k ⟨X̂, V_k⟩ / Σ_k ‖V_k‖² ,  q = 2.5 ‖x_rays‖ / mean_k ‖V_k‖
-    s = p / max(1, ‖Σ V_k‖² / Σ_k ‖V_k‖²) ,  g = max(1.7 · s / r^(1/4), 0.16 · p^(1/2) / r)
-    e = min(0.78 / (r · depth)^(2/5), 2.7) ,  f = e^φ / K^(1/2) ,  φ = min(1, max(e / 2.7, e / (0.3 · K^(1/2) · p · g)))
+    e = min(0.78 / (r · depth)^(2/5), 2.7) ,  s = p / max(1, ‖Σ V_k‖² / Σ_k ‖V_k‖²)
+    g = max(1.7 · s / r^(1/4), 0.136 · (e · p)^(1/2) / r)
+    f = e^φ / K^(1/2) ,  φ = min(1, max(e / 2.7, e · r / (0.048 · K^(1/2) · p^(3/2))))
     output = base + λ · min(g^α, f^α / p, q) · X̂ ,   X̂ = X · mean_k ‖V_k‖ / ‖X‖
 
-A matrix may always move by some share of its norm, 0.16 √p (a trust region: the loss is nearly linear there). Harsh fine-tunes are
-followed by as much as X̂ holds of their sum (s, which is p where they have nothing in common; what they share raises p but is no
-reason to go further), a little less the further the furthest of them went.
+A matrix may always move by some share of its norm, 0.136 (e p)^(1/2) (a trust region: the loss is nearly linear there, and the more so the
+less the fine-tunes have arrived). Harsh fine-tunes are followed by as much as X̂ holds of their sum (s, which is p where they have
+nothing in common; what they share raises p but is no reason to go further), a little less the further the furthest of them went.
 
 At 1/p the sources have made their own progress on the mean: more than that where they are weak and X̂, which is flat, is not, less
 where they are strong. Every further source disturbs the others, hence K. Fine-tunes that moved little have not arrived and gain from
 going on in their direction, and how much a model moved is what its layers moved, one after the other: hence r · depth; none was
-found to gain from more than 2.7. Without frames the bound is 1/p.
+found to gain from more than 2.7.
 
 Frames flatten X by α · φ. A flat X̂ goes on where the sources had only begun, which is right as far as they have not arrived (e), and
-bears a long step, which counts where their own progress leads near to the edge of what the law lets a matrix move (g). Where
+bears a long step, which counts where f / p leads near to the edge of a trust region. Where
 neither is so, the axes in which they went far have arrived and the others hold little: about half flat keeps more. φ is needed before
-X̂ is known; its p and g are those of the rays' point.
+X̂ is known; its p is that of the rays' point. Without frames sources disturb each other in the strong axes of each, and f = e / K.
 Nor does a matrix move by more than 2.5 times what the rays left (q).
 All sums are kept in float64.
 """
@@ -37,7 +38,7 @@ from yeam.compiled import Array, Values
 if TYPE_CHECKING:
     from torch import Tensor
 
-REACH, REGION, BEYOND, MOST, NEAR, LEAVE = 1.7, 0.16, 0.78, 2.7, 0.3, 2.5  # how: examples/measurements.md
+REACH, REGION, BEYOND, MOST, NEAR, LEAVE = 1.7, 0.136, 0.78, 2.7, 0.048, 2.5  # how: examples/measurements.md
 LEAST_PROGRESS = 1e-3
 
 
@@ -138,36 +139,34 @@ def flatness(moments: Moments, depth: int) -> float:
     unit = moments.mean_norm / moments.point_square**0.5
     found = max(progress_along(moments.along_K * unit, moments.gram_KK), LEAST_PROGRESS)
     far = beyond(moments.displacement, depth)
-    near = far / len(moments.gram_KK) ** 0.5 / found / _law(moments, found)
+    near = far * moments.displacement / len(moments.gram_KK) ** 0.5 / found**1.5
     return float(min(1.0, max(far / MOST, near / NEAR)))
 
 
 def step_length(
-    moments: Moments, *, alpha: float, progress: float, depth: int | None = None, further: float = 1.0
+    moments: Moments, *, alpha: float, progress: float, depth: int, flat: float | None, further: float = 1.0
 ) -> float:
     """The factor on X̂ for a matrix: min(g^α, f^α / p, q).
 
-    progress: p of X̂; one of 0 or less counts as 0.001 in the law and sets no bound. depth: layers of the model, None where
-    no frames made X̂ flat: f is 1 then. further: multiplies f. With a base of norm 0 (the origin) alpha must be 0.
+    progress: p of X̂; one of 0 or less counts as 0.001 in the law and sets no bound. depth: layers of the model. flat: φ, None where no
+    frames made X̂ flat. further: multiplies f. With a base of norm 0 (the origin) alpha must be 0.
     """
     scale = point_bound(moments)
     if moments.base_square <= 0:
-        scale = min(scale, 1.0)
-    else:
-        scale = min(scale, _law(moments, max(progress, LEAST_PROGRESS)) ** alpha)
+        return min(scale, 1.0, 1 / progress) if progress > 0 else min(scale, 1.0)
+    K, far = len(moments.gram_KK), beyond(moments.displacement, depth)
+    scale = min(scale, _law(moments, max(progress, LEAST_PROGRESS), far) ** alpha)
     if progress <= 0:
         return scale
-    bound = further
-    if depth is not None and moments.base_square > 0:
-        bound *= beyond(moments.displacement, depth) ** flatness(moments, depth) / len(moments.gram_KK) ** 0.5
+    bound = further * (far / K if flat is None else far**flat / K**0.5)
     return float(min(scale, bound**alpha / progress))
 
 
-def _law(moments: Moments, progress: float) -> float:
-    """g."""
+def _law(moments: Moments, progress: float, far: float) -> float:
+    """g, for e = far."""
     shared = max(1.0, float(moments.gram_KK.sum() / moments.gram_KK.diagonal().sum()))
     reach = REACH * progress / shared / moments.displacement**0.25
-    return float(max(reach, REGION * progress**0.5 / moments.displacement))
+    return float(max(reach, REGION * (far * progress) ** 0.5 / moments.displacement))
 
 
 def beyond(displacement: float, depth: int) -> float:

@@ -4,7 +4,7 @@ Legend: K sources, N columns, M rows, S rows of a sample, T elements of a tile, 
 r axes of one source, C sources but the last.
 
 An update's rows lie in the span of the inputs that its fine-tune saw, so C_k = V_kᵀV_k / ‖V_k‖² tells how much source k makes of an input
-(WUDI, Cheng et al. 2025; RegMean, Jin et al. 2023). With e = K/N, the mean eigenvalue of Σ C_k, the point where
+(WUDI, Cheng et al. 2025; RegMean, Jin et al. 2023). With e = softness · K/N, as many mean eigenvalues of Σ C_k, the point where
 
     Σ_k tr (X − V_k) (C_k + e/K I) (X − V_k)ᵀ    is least is    Σ_k V_k P_k ,   P_k = (C_k + e/K I) (Σ_l C_l + e I)⁻¹ ,
 
@@ -27,7 +27,6 @@ from torch import Tensor
 
 AXES = 16  # of a source; more of them hold more of bf16 rounding than of the update
 MOST_AXES = 256
-SOFTNESS = 1.0
 _BAND = 1 << 17  # elements of a band of rows
 _SAME = 1e-3  # squared sine of axes that count as one
 
@@ -42,10 +41,10 @@ def band(columns: int) -> int:
 class Meeting:
     """axes_NR: Q, orthonormal; shares_CRR: signal · (K · QᵀP_kQ − I) of all sources but the last, which add up to nothing with its."""
 
-    def __init__(self, sample_KSN: Tensor, signal: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, sample_KSN: Tensor, signal: float = 1.0, seed: int = 0, softness: float = 1.0) -> None:
         """sample_KSN: rows of the updates, not all zero, float32 or float64. signal: the share of their energy that is more than rounding;
-        the point is moved by that much less. seed: of the sketch, drawn on the CPU. A source that is zero in the sample
-        has no axes of its own and no share in those of others."""
+        the point is moved by that much less. seed: of the sketch, drawn on the CPU. softness: the ridge, in mean eigenvalues of a C_k. A
+        source that is zero in the sample has no axes of its own and no share in those of others."""
         K, _, columns = sample_KSN.shape
         self.band = band(columns)
         self.axes_NR = _strong_axes(sample_KSN, min(AXES, max(1, MOST_AXES // K)), seed)
@@ -57,7 +56,7 @@ class Meeting:
         )
         moment_KRR = used_KSR.mT @ used_KSR / square_K[:, None, None]
         one_RR = torch.eye(moment_KRR.shape[1], dtype=sample_KSN.dtype, device=sample_KSN.device)
-        extra = SOFTNESS * K / columns
+        extra = softness * K / columns
         whole_RR = moment_KRR.sum(dim=0) + extra * one_RR
         part_CRR = moment_KRR[:-1] + extra / K * one_RR
         self.shares_CRR = signal * (K * torch.linalg.solve(whole_RR.expand_as(part_CRR), part_CRR, left=False) - one_RR)
@@ -84,9 +83,11 @@ class TurnedMeeting(Meeting):
     sources' contrasts, and Q times that moves the point when all rows have been there.
     """
 
-    def __init__(self, sample_KSM: Tensor, columns: int, signal: float = 1.0, seed: int = 0) -> None:
-        """sample_KSM: some columns of the updates, each as a row; signal and seed as for `Meeting`. columns: N."""
-        super().__init__(sample_KSM, signal, seed)
+    def __init__(
+        self, sample_KSM: Tensor, columns: int, signal: float = 1.0, seed: int = 0, softness: float = 1.0
+    ) -> None:
+        """sample_KSM: some columns of the updates, each as a row; signal, seed and softness as for `Meeting`. columns: N."""
+        super().__init__(sample_KSM, signal, seed, softness)
         self.band = band(columns)
         self._rows = 0  # that have been there
         self._gathered_RN = sample_KSM.new_zeros(self.axes_NR.shape[1], columns)

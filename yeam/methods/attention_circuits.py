@@ -54,7 +54,7 @@ class Update:
     square: float = 0.0
     scale: float = 0.0
     alpha: float = 0.0
-    depth: int | None = None  # where frames made it flat
+    flat: float | None = None  # φ, where frames made it flat
     grams: list[tuple[Tensor, ...]] = field(default_factory=list)  # base·base, base·update, update·update
 
 
@@ -102,7 +102,7 @@ def resolved(
             for part in mine:
                 _follow_up(parts, groups, gauge, part, part.name == pair[0], grams[part.name], weight)
         for part in mine:
-            _lengthen(part, strength)
+            _lengthen(part, strength, parts.inputs.depth)
         report(parts, pair, mine, heads)
     return held_RN[: sum(circuit.places[name].rows for name in circuit.made)]
 
@@ -160,7 +160,7 @@ def _spread(parts: Parts, part: Update, weight: Sequence[float], frames: Frames,
     from yeam.geometry.frames import flatten_
     from yeam.geometry.length import flatness
 
-    flat = part.alpha * flatness(part.moments, parts.inputs.depth)
+    flat = flatness(part.moments, parts.inputs.depth)
     rounding = part.moments.rounding(weight, parts.tensor(part.name).rounding)
     size = parts.circuit.head_dim if part.name == "q" else len(part.point_RN)
     for matrix_RN in torch.split(part.point_RN, size):
@@ -168,11 +168,11 @@ def _spread(parts: Parts, part: Update, weight: Sequence[float], frames: Frames,
         if length == 0 or min(matrix_RN.shape) < LEAST_SIDE:
             continue
         flatten_(
-            matrix_RN, frames, alpha=flat, rounds=rounds, seed=seed, rounding=rounding,
+            matrix_RN, frames, alpha=part.alpha * flat, rounds=rounds, seed=seed, rounding=rounding,
             departure=part.moments.departure, over=part.point_RN.numel(),
         )  # fmt: skip
         matrix_RN.mul_(length / float(torch.linalg.vector_norm(matrix_RN)))
-        part.depth = parts.inputs.depth if frames != "none" else None
+        part.flat = flat if frames != "none" else None
 
 
 def _part(name: str, point_RN: Tensor, K: int) -> Update:
@@ -287,7 +287,7 @@ def _follow_up(
     rows_RN[:] = back(point).reshape(rows_RN.shape)
 
 
-def _lengthen(part: Update, strength: float) -> None:
+def _lengthen(part: Update, strength: float, depth: int) -> None:
     """The length: of q further than of the others; a bias as other vectors."""
     from yeam.geometry.length import point_bound, progress_along, step_length
 
@@ -299,7 +299,9 @@ def _lengthen(part: Update, strength: float) -> None:
     else:
         # scores pass through a softmax, which forgives interference; k, which several heads share, lost where it was followed as far
         further = QUERIES if part.name == "q" else 1.0
-        part.scale = step_length(moments, alpha=part.alpha, progress=progress, depth=part.depth, further=further)
+        part.scale = step_length(
+            moments, alpha=part.alpha, progress=progress, depth=depth, flat=part.flat, further=further
+        )
     part.scale *= strength
     part.point_RN.mul_(part.scale * unit)
     part.grams = [(bb, bx * (part.scale * unit), xx * (part.scale * unit) ** 2) for bb, bx, xx in part.grams]

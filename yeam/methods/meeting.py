@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SAMPLE, LEAST_ROWS = 1 << 20, 128  # elements of all sources, outputs at least
 SAMPLE_RUNS = 16  # of consecutive outputs
+EMBEDDING = 3.0  # softness: rows of an embedding are its inputs, and columns are so only for a head that is tied to it
 
 Panel = tuple[int, int, int]
 """First element, rows, columns."""
@@ -74,9 +75,10 @@ def meeting_of(inputs: Inputs, panel: Panel, weight: Sequence[float], seed: int,
     if not 0 < total < math.inf:
         return None
     signal = 1 - moments.rounding(weight, inputs.rounding) / total
+    softness = EMBEDDING if inputs.role == "embedding" else 1.0
     if inputs.transposed:
-        return TurnedMeeting(sample_VSI[:-1], columns, signal, seed)
-    return Meeting(sample_VSI[:-1], signal, seed)
+        return TurnedMeeting(sample_VSI[:-1], columns, signal, seed, softness)
+    return Meeting(sample_VSI[:-1], signal, seed, softness)
 
 
 def _spans(count: int, whole: int) -> list[tuple[int, int]]:

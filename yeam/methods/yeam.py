@@ -120,7 +120,8 @@ def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength:
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
     unit = moments.mean_norm / moments.point_square**0.5 if moments.point_square > 0 else 0.0
     if len(inputs.shape) == 2 and min(inputs.shape) >= LEAST_SIDE:
-        scale = step_length(moments, alpha=alpha, progress=progress_along(moments.along_K * unit, moments.gram_KK))
+        progress = progress_along(moments.along_K * unit, moments.gram_KK)
+        scale = step_length(moments, alpha=alpha, progress=progress, depth=inputs.depth, flat=None)
     else:
         scale = min(1.0, point_bound(moments))
     factor = strength * scale * unit
@@ -186,10 +187,12 @@ def _matrix(
     if meeting:
         meeting.end_(point_MN)
     alpha = 1 - agreement(moments.gram_KK) if moments.base_square > 0 else 0.0
-    flat = alpha * flatness(moments, inputs.depth)
+    flat = flatness(moments, inputs.depth)
     rounding = moments.rounding(weight, inputs.rounding)
+    # rows of an embedding that one source alone has moved are no multiple of the sum, and no noise
+    departure = 0.0 if inputs.role == "embedding" else moments.departure
     flatten_(
-        point_MN, frames, alpha=flat, rounds=rounds, seed=seed, rounding=rounding, departure=moments.departure,
+        point_MN, frames, alpha=alpha * flat, rounds=rounds, seed=seed, rounding=rounding, departure=departure,
         square_rows=inputs.transposed,
     )  # fmt: skip
     along = Along(inputs.K)
@@ -197,7 +200,7 @@ def _matrix(
         along.add(part, weight, flat_T[part.start - start : part.stop - start])
     unit = moments.mean_norm / along.square**0.5
     progress = progress_along(along.sources_K * unit, moments.gram_KK)
-    scale = step_length(moments, alpha=alpha, progress=progress, depth=inputs.depth)
+    scale = step_length(moments, alpha=alpha, progress=progress, depth=inputs.depth, flat=flat)
     _record(inputs, moments, strength * scale * moments.mean_norm, scale)
     for part in parts(inputs, start, stop, base_only=True):
         yield followed(part, flat_T[part.start - start : part.stop - start], strength * scale * unit)
