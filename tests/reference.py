@@ -90,15 +90,15 @@ def merge(
     def progress_of(x):
         return float((x * delta_K.sum(0)).sum() / norms_K.square().sum())
 
-    def law(progress):
+    def law(progress, region):
         found = max(progress, 1e-3)
-        return max(1.7 * found / shared / displacement**0.25, 0.136 * (beyond * found) ** 0.5 / displacement)
+        return max(1.7 * found / shared / displacement**0.25, region * found**0.5 / displacement)
 
     beyond = min(0.78 / (displacement * depth) ** 0.4, 2.7)
     share = max(progress_of(x * norms_K.mean() / x.norm()), 1e-3)
     flat = 1.0
     if float(base.norm()) > 0:
-        near = beyond * displacement / (0.048 * len(delta_K) ** 0.5 * share**1.5)
+        near = beyond / (0.3 * len(delta_K) ** 0.5 * share * law(share, 0.16))
         flat = min(1.0, max(beyond / 2.7, near))
     if width and float(base.norm()) > 0:
         ridge = 3.0 if embedding else 1.0
@@ -115,7 +115,7 @@ def merge(
                 x = spread_columns(x.T, width, alpha * flat, generator, noise=known).T
     x = x * norms_K.mean() / x.norm()
     progress = progress_of(x)
-    scale = min(law(progress) ** alpha, longest)
+    scale = min(law(progress, 0.136 * beyond**0.5) ** alpha, longest)
     if progress > 0:
         bound = beyond**flat / len(delta_K) ** 0.5 if width else beyond / len(delta_K)
         scale = min(scale, bound**alpha / progress)

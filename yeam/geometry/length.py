@@ -4,8 +4,8 @@ Legend: K sources, T elements of a tile.
 
     r = max_k ‖V_k‖ / ‖base‖ ,  p = Σ_k ⟨X̂, V_k⟩ / Σ_k ‖V_k‖² ,  q = 2.5 ‖x_rays‖ / mean_k ‖V_k‖
     e = min(0.78 / (r · depth)^(2/5), 2.7) ,  s = p / max(1, ‖Σ V_k‖² / Σ_k ‖V_k‖²)
-    g = max(1.7 · s / r^(1/4), 0.136 · (e · p)^(1/2) / r)
-    f = e^φ / K^(1/2) ,  φ = min(1, max(e / 2.7, e · r / (0.048 · K^(1/2) · p^(3/2))))
+    g = max(1.7 · s / r^(1/4), 0.136 · (e · p)^(1/2) / r) ,  g' = max(1.7 · s / r^(1/4), 0.16 · p^(1/2) / r)
+    f = e^φ / K^(1/2) ,  φ = min(1, max(e / 2.7, e / (0.3 · K^(1/2) · p · g')))
     output = base + λ · min(g^α, f^α / p, q) · X̂ ,   X̂ = X · mean_k ‖V_k‖ / ‖X‖
 
 A matrix may always move by some share of its norm, 0.136 (e p)^(1/2) (a trust region: the loss is nearly linear there, and the more so the
@@ -18,9 +18,9 @@ going on in their direction, and how much a model moved is what its layers moved
 found to gain from more than 2.7.
 
 Frames flatten X by α · φ. A flat X̂ goes on where the sources had only begun, which is right as far as they have not arrived (e), and
-bears a long step, which counts where f / p leads near to the edge of a trust region. Where
+bears a long step, which counts where their own progress leads near to the edge of what a matrix may move by (g', g for any e). Where
 neither is so, the axes in which they went far have arrived and the others hold little: about half flat keeps more. φ is needed before
-X̂ is known; its p is that of the rays' point. Without frames sources disturb each other in the strong axes of each, and f = e / K.
+X̂ is known; its p and g' are those of the rays' point. Without frames sources disturb each other in the strong axes of each, and f = e / K.
 Nor does a matrix move by more than 2.5 times what the rays left (q).
 All sums are kept in float64.
 """
@@ -38,7 +38,7 @@ from yeam.compiled import Array, Values
 if TYPE_CHECKING:
     from torch import Tensor
 
-REACH, REGION, BEYOND, MOST, NEAR, LEAVE = 1.7, 0.136, 0.78, 2.7, 0.048, 2.5  # how: examples/measurements.md
+REACH, REGION, EDGE, BEYOND, MOST, NEAR, LEAVE = 1.7, 0.136, 0.16, 0.78, 2.7, 0.3, 2.5  # how: examples/measurements.md
 LEAST_PROGRESS = 1e-3
 
 
@@ -139,7 +139,7 @@ def flatness(moments: Moments, depth: int) -> float:
     unit = moments.mean_norm / moments.point_square**0.5
     found = max(progress_along(moments.along_K * unit, moments.gram_KK), LEAST_PROGRESS)
     far = beyond(moments.displacement, depth)
-    near = far * moments.displacement / len(moments.gram_KK) ** 0.5 / found**1.5
+    near = far / len(moments.gram_KK) ** 0.5 / found / _law(moments, found, EDGE)
     return float(min(1.0, max(far / MOST, near / NEAR)))
 
 
@@ -155,18 +155,18 @@ def step_length(
     if moments.base_square <= 0:
         return min(scale, 1.0, 1 / progress) if progress > 0 else min(scale, 1.0)
     K, far = len(moments.gram_KK), beyond(moments.displacement, depth)
-    scale = min(scale, _law(moments, max(progress, LEAST_PROGRESS), far) ** alpha)
+    scale = min(scale, _law(moments, max(progress, LEAST_PROGRESS), REGION * far**0.5) ** alpha)
     if progress <= 0:
         return scale
     bound = further * (far / K if flat is None else far**flat / K**0.5)
     return float(min(scale, bound**alpha / progress))
 
 
-def _law(moments: Moments, progress: float, far: float) -> float:
-    """g, for e = far."""
+def _law(moments: Moments, progress: float, region: float) -> float:
+    """g, with as large a trust region."""
     shared = max(1.0, float(moments.gram_KK.sum() / moments.gram_KK.diagonal().sum()))
     reach = REACH * progress / shared / moments.displacement**0.25
-    return float(max(reach, REGION * (far * progress) ** 0.5 / moments.displacement))
+    return float(max(reach, region * progress**0.5 / moments.displacement))
 
 
 def beyond(displacement: float, depth: int) -> float:
