@@ -153,9 +153,9 @@ def step_length(
     """
     scale = point_bound(moments)
     if moments.base_square <= 0:
-        return min(scale, 1.0, 1 / progress) if progress > 0 else min(scale, 1.0)
+        return min(scale, 1.0, 1 / max(progress, LEAST_PROGRESS))
     K, far = len(moments.gram_KK), beyond(moments.displacement, depth)
-    scale = min(scale, _law(moments, max(progress, LEAST_PROGRESS), REGION * far**0.5) ** alpha)
+    scale = min(scale, float(_law(moments, max(progress, LEAST_PROGRESS), REGION * far**0.5) ** alpha))
     if progress <= 0:
         return scale
     bound = further * (far / K if flat is None else far**flat / K**0.5)
