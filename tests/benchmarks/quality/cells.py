@@ -202,12 +202,12 @@ def code_of(method: str) -> str:
 
 
 def _geometry(module: Path) -> list[Path]:
-    """The modules of the geometry that a module imports, and those that they import."""
+    """The modules of the geometry that a module imports, where rows meet, and those that they import."""
     found: set[Path] = set()
     ahead = [module]
     while ahead:
-        named = re.findall(r"from yeam\.geometry\.(\w+) import", ahead.pop().read_text())
-        new = {PACKAGE / "geometry" / f"{name}.py" for name in named} - found
+        named = re.findall(r"from yeam\.(geometry\.\w+|methods\.meeting) import", ahead.pop().read_text())
+        new = {(PACKAGE / name.replace(".", "/")).with_suffix(".py") for name in named} - found
         found |= new
         ahead += new
     return sorted(found)
