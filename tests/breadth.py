@@ -151,7 +151,10 @@ def _yeam(folder: Path, loaded: Mapping[str, tuple[Any, dict[str, Any]]]) -> Non
                 [reference.merge(m, d_Kn, depth=depth) for m, d_Kn in zip(x.double(), delta_Kn.unbind(1))]
             )
         else:
-            wanted = reference.merge(x.double(), delta_Kn, depth=depth, transposed=described.tensors[key].transposed)
+            meaning = described.tensors[key]
+            wanted = reference.merge(
+                x.double(), delta_Kn, depth=depth, transposed=meaning.transposed, embedding=meaning.role == "embedding"
+            )
         error = float((ours[key].double() - wanted).norm() / delta_Kn[0].norm().clamp(min=1e-30))
         if not error < CLOSE:
             raise Failed(f"{key} is off the reference by {error:.1e}")

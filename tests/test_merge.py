@@ -36,14 +36,15 @@ def test_families(family: str, tmp_path: Path) -> None:
     made, given = ((json.loads((tmp_path / n / "config.json").read_text())) for n in ("linear", "a"))
     assert made == given
 
-    yeam.merge({"merge_method": "yeam", "base_model": base, "models": entries(a, b)}, tmp_path / "yeam")
+    report = yeam.merge({"merge_method": "yeam", "base_model": base, "models": entries(a, b)}, tmp_path / "yeam")
     load(tmp_path / "yeam", auto)
     ours, x, y, z = (tensors(tmp_path / name) for name in ("yeam", "base", "a", "b"))
+    embeddings = {tensor["name"] for tensor in report.tensors if tensor["role"] == "embedding"}
     turned = re.compile(r"\.c_\w+\.weight$" if family == "gpt2" else "$.")  # stored [in, out]
     plain = {
         name: reference.merge(
             x[name].double(), torch.stack([y[name] - x[name], z[name] - x[name]]).double(), depth=2,
-            transposed=bool(turned.search(name)),
+            transposed=bool(turned.search(name)), embedding=name in embeddings,
         )
         .to(x[name].dtype)
         for name in x
@@ -143,7 +144,12 @@ def test_yeam_parameters(tmp_path: Path, llama: Llama) -> None:
         strength = options.pop("strength", lambda name: 1.0)
         return {
             n: reference.merge(
-                x[n], torch.stack([0.5 * (y[n] - x[n]), z[n] - x[n]]), lam=strength(n), depth=3, **options
+                x[n],
+                torch.stack([0.5 * (y[n] - x[n]), z[n] - x[n]]),
+                lam=strength(n),
+                depth=3,
+                embedding="embed_tokens" in n,
+                **options,
             )
             for n in x
         }
