@@ -87,6 +87,10 @@ def merge(
     displacement = max(float(norms_K.max() / base.norm().clamp(min=1e-300)), 1e-12)
     shared = max(1.0, float(delta_K.sum(0).square().sum() / norms_K.square().sum()))
 
+    moved = delta_K[norms_K > 0].reshape(int((norms_K > 0).sum()), -1)
+    unit = moved / moved.norm(dim=1, keepdim=True)
+    count = len(unit) ** 2 / float((unit @ unit.T).square().sum())
+
     def progress_of(x):
         return float((x * delta_K.sum(0)).sum() / norms_K.square().sum())
 
@@ -98,7 +102,7 @@ def merge(
     share = max(progress_of(x * norms_K.mean() / x.norm()), 1e-3)
     flat = 1.0
     if float(base.norm()) > 0:
-        near = beyond / (0.3 * len(delta_K) ** 0.5 * share * law(share, 0.16))
+        near = beyond / (0.3 * count**0.5 * share * law(share, 0.16))
         flat = min(1.0, max(beyond / 2.7, near))
     if width and float(base.norm()) > 0:
         ridge = 3.0 if embedding else 1.0
@@ -117,6 +121,6 @@ def merge(
     progress = progress_of(x)
     scale = min(law(progress, 0.136 * beyond**0.5) ** alpha, longest)
     if progress > 0:
-        bound = beyond**flat / len(delta_K) ** 0.5 if width else beyond / len(delta_K)
+        bound = beyond**flat / count**0.5 if width else beyond / count
         scale = min(scale, bound**alpha / progress)
     return base + lam * scale * x

@@ -262,7 +262,8 @@ def test_rays_frames_and_length_by_formula(tmp_path: Path, frames: str | int) ->
         region = 0.136 * (beyond * progress) ** 0.5 / displacement
         law = max(1.7 * progress / shared / displacement**0.25, region) ** alpha
         bound = 2.5 * point.norm() / norms.mean()
-        beyond = beyond / 2**0.5 if frames == 256 else beyond / 2
+        count = 2 / (1 + (deltas[0] @ deltas[1] / norms.prod()) ** 2)
+        beyond = beyond / count**0.5 if frames == 256 else beyond / count
         further = 1.2 if name == q_name else 1.0  # φ is 1 for two layers
         step = min(law, bound, (further * beyond) ** alpha / progress)
         torch.testing.assert_close(out[name] - x[name], hat * step, rtol=1e-9, atol=1e-12)

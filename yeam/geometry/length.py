@@ -5,7 +5,7 @@ Legend: K sources, T elements of a tile.
     r = max_k ‖V_k‖ / ‖base‖ ,  p = Σ_k ⟨X̂, V_k⟩ / Σ_k ‖V_k‖² ,  q = 2.5 ‖x_rays‖ / mean_k ‖V_k‖
     e = min(0.78 / (r · depth)^(2/5), 2.7) ,  s = p / max(1, ‖Σ V_k‖² / Σ_k ‖V_k‖²)
     g = max(1.7 · s / r^(1/4), 0.136 · (e · p)^(1/2) / r) ,  g' = max(1.7 · s / r^(1/4), 0.16 · p^(1/2) / r)
-    f = e^φ / K^(1/2) ,  φ = min(1, max(e / 2.7, e / (0.3 · K^(1/2) · p · g')))
+    f = e^φ / n^(1/2) ,  φ = min(1, max(e / 2.7, e / (0.3 · n^(1/2) · p · g'))) ,  n = K² / Σ_kl cos²(V_k, V_l)
     output = base + λ · min(g^α, f^α / p, q) · X̂ ,   X̂ = X · mean_k ‖V_k‖ / ‖X‖
 
 A matrix may always move by some share of its norm, 0.136 (e p)^(1/2) (a trust region: the loss is nearly linear there, and the more so the
@@ -13,14 +13,15 @@ less the fine-tunes have arrived). Harsh fine-tunes are followed by as much as X
 nothing in common; what they share raises p but is no reason to go further), a little less the further the furthest of them went.
 
 At 1/p the sources have made their own progress on the mean: more than that where they are weak and X̂, which is flat, is not, less
-where they are strong. Every further source disturbs the others, hence K. Fine-tunes that moved little have not arrived and gain from
+where they are strong. Every further source disturbs the others, one that says the same does not: hence n, how
+many different ones there are (K where they are orthogonal, 1 where they agree). Fine-tunes that moved little have not arrived and gain from
 going on in their direction, and how much a model moved is what its layers moved, one after the other: hence r · depth; none was
 found to gain from more than 2.7.
 
 Frames flatten X by α · φ. A flat X̂ goes on where the sources had only begun, which is right as far as they have not arrived (e), and
 bears a long step, which counts where their own progress leads near to the edge of what a matrix may move by (g', g for any e). Where
 neither is so, the axes in which they went far have arrived and the others hold little: about half flat keeps more. φ is needed before
-X̂ is known; its p and g' are those of the rays' point. Without frames sources disturb each other in the strong axes of each, and f = e / K.
+X̂ is known; its p and g' are those of the rays' point. Without frames sources disturb each other in the strong axes of each, and f = e / n.
 Nor does a matrix move by more than 2.5 times what the rays left (q).
 All sums are kept in float64.
 """
@@ -121,6 +122,20 @@ def agreement(gram_KK: Values) -> float:
     return min(1.0, max(0.0, (float(gram_KK.sum()) / total - 1) / (K - 1)))
 
 
+def distinct(gram_KK: Values) -> float:
+    """n, how many different sources there are: K² / Σ_kl cos²(V_k, V_l) of those that move, from 1 to K; 1 where none does.
+
+    It is the participation ratio of the eigenvalues of their correlation matrix. gram_KK: Gram matrix of the updates [K, K].
+    """
+    squares_K = gram_KK.diagonal()
+    moved_K = squares_K > 0
+    count = int(moved_K.sum())
+    if count == 0:
+        return 1.0
+    cosines = gram_KK[moved_K][:, moved_K] / np.sqrt(np.outer(squares_K[moved_K], squares_K[moved_K]))
+    return float(count**2 / np.square(cosines).sum())
+
+
 def progress_along(along_K: Values, gram_KK: Values) -> float:
     """p = Σ_k ⟨X̂, V_k⟩ / Σ_k ‖V_k‖²: the share of their own progress that the sources find in X̂; 0 where nothing moves.
 
@@ -139,7 +154,7 @@ def flatness(moments: Moments, depth: int) -> float:
     unit = moments.mean_norm / moments.point_square**0.5
     found = max(progress_along(moments.along_K * unit, moments.gram_KK), LEAST_PROGRESS)
     far = beyond(moments.displacement, depth)
-    near = far / len(moments.gram_KK) ** 0.5 / found / _law(moments, found, EDGE)
+    near = far / distinct(moments.gram_KK) ** 0.5 / found / _law(moments, found, EDGE)
     return float(min(1.0, max(far / MOST, near / NEAR)))
 
 
@@ -154,11 +169,11 @@ def step_length(
     scale = point_bound(moments)
     if moments.base_square <= 0:
         return min(scale, 1.0, 1 / max(progress, LEAST_PROGRESS))
-    K, far = len(moments.gram_KK), beyond(moments.displacement, depth)
+    count, far = distinct(moments.gram_KK), beyond(moments.displacement, depth)
     scale = min(scale, float(_law(moments, max(progress, LEAST_PROGRESS), REGION * far**0.5) ** alpha))
     if progress <= 0:
         return scale
-    bound = further * (far / K if flat is None else far**flat / K**0.5)
+    bound = further * (far / count if flat is None else far**flat / count**0.5)
     return float(min(scale, bound**alpha / progress))
 
 
