@@ -318,6 +318,22 @@ def test_float32_is_within_1e_5_of_the_reference(K: int, frames: int | str) -> N
     assert float((update - (expected - base.double())).norm() / (expected - base.double()).norm()) < 1e-5
 
 
+def test_a_source_given_twice_counts_once() -> None:
+    """However long it is; one that does not move counts not at all."""
+    from yeam.geometry.length import distinct
+
+    updates_KT = torch.linalg.qr(
+        torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ).Q.T
+    updates_KT[1] *= 5
+    for chosen, count in (([0, 1, 2, 3], 4.0), ([0, 0], 1.0), ([0, 1, 1], 9 / 5), ([2], 1.0)):
+        gram_KK = (updates_KT[chosen] @ updates_KT[chosen].T).numpy()
+        assert distinct(gram_KK) == pytest.approx(count)
+    still_KT = torch.cat([updates_KT[:2], torch.zeros(1, 30, dtype=torch.float64)])
+    assert distinct((still_KT @ still_KT.T).numpy()) == pytest.approx(2.0)
+    assert distinct((0 * still_KT @ still_KT.T).numpy()) == 1.0
+
+
 def test_only_what_goes_far_is_made_flat() -> None:
     """Fine-tunes of a deep model that have arrived keep half of their spectrum; those that had only begun, and those of a shallow model
     whose sum is near the edge of what a matrix may move by, none."""
