@@ -109,7 +109,7 @@ def merge(
         x = meet(x.T, delta_K.mT, seed, ridge).T if transposed else meet(x, delta_K, seed, ridge)
     if width and alpha > 0:
         generator = torch.Generator().manual_seed(seed)
-        edge = (1 + (min(width, *x.shape) / max(x.shape)) ** 0.5) ** 2
+        edge = 2 * (1 + (min(width, *x.shape) / max(x.shape)) ** 0.5) ** 2
         noise = 0.0 if embedding else edge * spread / x.numel()
         for number in range(rounds):
             known = 0.0 if number else noise

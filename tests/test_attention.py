@@ -244,7 +244,7 @@ def test_rays_frames_and_length_by_formula(tmp_path: Path, frames: str | int) ->
         departure = point.square().sum() - (total_update @ point.flatten()) ** 2 / total_update.square().sum()
         left = 0.154 * 4.0**-8 * x[name].square().sum()
         rounding = (left * norms.square() / (left + norms.square())).sum()
-        noise = (rounding + (1 + (rows / 32) ** 0.5) ** 2 * departure) / len(point)
+        noise = (rounding + 2 * (1 + (rows / 32) ** 0.5) ** 2 * departure) / len(point)
         signal = float(1 - rounding / norms.square().sum())
         heads = (point + signal * (met - point)).view(-1, rows, 32)
         values, axes = torch.linalg.eigh(heads @ heads.mT)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from yeam.compiled import is_compiled
 
+UNEVEN = 2.0  # the strongest axis of what the rays add is 1.5 to 3 times as strong as that of even noise
 LEAST_SHARE = 0.01  # of an axis that is taken to be more than rounding
 FLOOR = 1e-6  # eigenvalues below this share of the matrix's largest are treated as this share
 CUT = 64  # axes of a part of a Gram matrix, of which only the upper triangle of parts is computed
@@ -149,7 +150,7 @@ def flatten_(
     rounding, departure: squared lengths of what is noise in `over` elements (default: those of x_MN), from `length.Moments`.
     """
     edge = noise_edge(x_MN.shape, frames if isinstance(frames, int) else None)
-    noise = (rounding + edge * departure) / (over or x_MN.numel())
+    noise = (rounding + UNEVEN * edge * departure) / (over or x_MN.numel())
     if frames == "spectral":
         return spread_spectral_(x_MN, alpha=alpha, noise=noise)
     if isinstance(frames, int):
