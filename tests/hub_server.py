@@ -31,6 +31,7 @@ class Repository:
     older: tuple[str, ...] = ()
     branches: tuple[str, ...] = ("main",)
     access: str = "public"
+    listed: tuple[str, ...] = ()  # names without a file
     others: dict[str, Repository] = field(default_factory=dict)  # further branches
     pointers: dict[str, str] = field(default_factory=dict)  # SHA-256 of large files that were pushed
 
@@ -199,6 +200,8 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
                 if tree
                 else {"rfilename": name, "size": size, "blobId": oid[:40], **extra}
             )
+        if not tree:
+            rows += [{"rfilename": name} for name in repo.listed]
         return (
             rows
             if tree

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import yeam
 from yeam.cli.app import app
+from yeam.hub.target import Target
 from yeam.plugins.registry import described
 
 HEAVY = ("torch", "transformers", "huggingface_hub", "numpy")
@@ -173,6 +174,25 @@ def test_defect(pair, tmp_path, monkeypatch):
     assert stderr == "error: ZeroDivisionError: by zero\n  report it, with the traceback that --debug shows\n"
     status, _, stderr = run("merge", pair, tmp_path / "out", "--debug")
     assert status == 1 and stderr.startswith("Traceback") and "in broken" in stderr
+
+
+def test_secrets_are_not_printed(pair, tmp_path, monkeypatch):
+    """Passwords, signatures and tokens stay out of messages, notes and tracebacks."""
+    file = tmp_path / "address.yaml"
+    file.write_text("merge_method: linear\nmodels: [{model: 'https://me:pass-word@hub.test/owner/name'}]\n")
+    said = run("plan", file, "--debug")
+    signed = "403 for https://me:pass-word@cdn.test/x?X-Amz-Signature=signature with hf_aSecretToken"
+
+    def broken(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError(signed)
+
+    monkeypatch.setattr("yeam.api.merge", broken)
+    more = run("merge", pair, tmp_path / "out", "--debug", "--json")
+    texts = "".join([*said[1:], *more[1:]])
+    assert "hub.test" in texts and "https://cdn.test/x?" in texts
+    assert not [secret for secret in ("pass-word", "signature", "aSecretToken") if secret in texts]
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://me:pass-word@hub.test")
+    assert Target("owner/name", "main", "me", False).url == "http://hub.test/owner/name"
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,17 @@ def test_damaged_repositories(hub: HubServer, tmp_path: Path) -> None:
     assert "GGUF" in error("bad/gguf").message
 
 
+@pytest.mark.parametrize("name", ["../x.json", "tokenizer\\..\\x.json", "1_P/../../model.safetensors", "a\x1b[2J.json"])
+def test_names_that_lead_out_of_a_repository(hub: HubServer, folder: Path, name: str) -> None:
+    hub.repositories["bad/names"] = Repository(folder, listed=(name,))
+    assert f"lists {name!r}" in error("bad/names").message and not list(Path("cache").glob("models--bad*"))
+
+
+def test_a_repository_without_a_commit(hub: HubServer, folder: Path) -> None:
+    hub.repositories["bad/commit"] = Repository(folder, commit="None")
+    assert "the Hub names no commit, but 'None'" in error("bad/commit").message
+
+
 def test_pytorch_only_repository(hub: HubServer, tmp_path: Path) -> None:
     weight = torch.randn(8, 4)
 

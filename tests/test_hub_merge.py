@@ -181,7 +181,12 @@ def test_a_piece_goes_on_where_it_stopped(hub: HubServer) -> None:
     big.download()
     assert hub.asked[-1] == f"bytes={big.begin + here}-{big.end - 1}"
     file = hub.repositories["org/two"].folder / piece.file
-    assert big.path.read_bytes() == file.read_bytes()[big.begin : big.end]
+    wanted = file.read_bytes()[big.begin : big.end]
+    assert big.path.read_bytes() == wanted
+    big.path.write_bytes(wanted[:-7])  # the machine went down
+    assert not big.is_here
+    big.download()
+    assert big.is_here and big.path.read_bytes() == wanted
 
 
 def test_without_room_tensors_are_read_through(hub: HubServer, folders: dict[str, Path]) -> None:

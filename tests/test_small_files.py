@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PhobertTokenizer
 
 import yeam
 from yeam.checkpoint import open_checkpoint
+from yeam.errors import CheckpointError
 from yeam.evaluation.folders import loadable
 
 Recipe = Callable[..., Path]
@@ -55,6 +56,30 @@ def test_modules_of_sentence_transformers(tmp_path: Path, llama: Llama, recipe: 
     wanted = ("'../b', which is not in", "3_link: is missing", "2_Dense/model.safetensors: ")
     assert len(problems) == 3 and all(words in problem for words, problem in zip(wanted, problems))
     assert "\nlibrary_name: sentence-transformers\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab.txt", "config.json", "additional_chat_templates/x.jinja", "1_Pooling/config.json", "helper.py"]
+)
+def test_links_to_other_files(tmp_path: Path, llama: Llama, recipe: Recipe, name: str) -> None:
+    """A link is followed to another model's file of its name, or into the Hub's cache; what else it leads to is not copied."""
+    a, b = llama("a", config={"auto_map": {"AutoModel": "helper.M"}}), llama("b")
+    (a / "modules.json").write_text('[{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]')
+    (a / "helper.py").touch()
+    content = (a / "config.json").read_bytes()
+    elsewhere, blob = tmp_path / "elsewhere", tmp_path / "models--org--a" / "blobs" / "0123"
+    for file in (elsewhere / name, b / name, blob, a / name):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    for target in (b / name, blob, elsewhere / name):
+        (a / name).unlink()
+        (a / name).symlink_to(target)
+        if target.is_relative_to(elsewhere):
+            with pytest.raises(CheckpointError, match=f"{name}: is a link to .*/elsewhere/"):
+                yeam.plan(recipe(a, b))
+            continue
+        yeam.merge(recipe(a, b), tmp_path / "out", overwrite=True)
+        assert (tmp_path / "out" / name).is_file() and not (tmp_path / "out" / name).is_symlink()
 
 
 def test_tokenizers_in_unusual_files(tmp_path: Path, llama: Llama, recipe: Recipe) -> None:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
+_SECRETS = (
+    (re.compile(r"(?<=://)[^\s/@'\"]+@"), ""),  # user and password of a URL
+    (re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]+"), r"\1?…"),  # the signature of one
+    (re.compile(r"\bhf_\w{8,}"), "hf_…"),
+)
+
 
 class YeamError(Exception):
     """Something broke. The command line prints the message without a traceback and exits with status 1.
@@ -13,9 +21,9 @@ class YeamError(Exception):
     told = False  # whether another process of the same merge prints it
 
     def __init__(self, message: str, remedy: str = "") -> None:
-        self.message = message
-        self.remedy = remedy
-        super().__init__(f"{message}\n  remedy: {remedy}" if remedy else message)
+        self.message = redacted(message)
+        self.remedy = redacted(remedy)
+        super().__init__(f"{self.message}\n  remedy: {self.remedy}" if remedy else self.message)
 
 
 class UserError(YeamError):
@@ -34,6 +42,13 @@ class CheckpointError(UserError):
 
 class OutputError(UserError):
     """The output folder exists, cannot be written, or the disk is full."""
+
+
+def redacted(text: str) -> str:
+    """The text without what opens a door: passwords and signatures in URLs, tokens of the Hub."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
 
 
 def suggest(name: str, known: object) -> str:

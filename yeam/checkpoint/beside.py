@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from yeam.errors import CheckpointError
+
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *(
@@ -38,15 +40,36 @@ OTHER_FILES = (
 """Patterns of names: generation, processors of images, video and sound, and what makes a model one of sentence-transformers."""
 
 _MODULE_FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "pytorch_model.bin")
+_WEIGHTS = ("*.safetensors", "*.bin")
 _MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _MODULE_PATH = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)
 
 
+def own(folder: Path, name: str) -> Path:
+    """The file `name` in a model's folder, once it is sure that it belongs to a model, for whoever copies it.
+
+    A link may lead into the Hub's cache, or to the same name in another model's folder. Raises CheckpointError for one that leads
+    anywhere else: what it would bring along was perhaps never meant for others.
+    """
+    path = folder / name
+    real = path.resolve()
+    if real.is_relative_to(folder.resolve()):
+        return path
+    cached = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    other = Path(str(real).removesuffix(f"/{name}"))
+    if cached or (other != real and any(path for weights in _WEIGHTS for path in other.glob(weights))):
+        return path
+    raise CheckpointError(
+        f"{path}: is a link to {real}, which is no model's file of that name",
+        "put the file itself in its place if it belongs to the model, or remove the link",
+    )
+
+
 def named(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
-    """Name → plain file directly in `folder` that one of the patterns fits, in the order of the patterns."""
+    """Name → file directly in `folder` that one of the patterns fits, in the order of the patterns. Raises CheckpointError as `own`."""
     there = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     names = dict.fromkeys(name for pattern in patterns for name in there if fnmatchcase(name, pattern))
-    return {name: folder / name for name in names}
+    return {name: own(folder, name) for name in names}
 
 
 def named_paths(modules: Any) -> list[str]:
@@ -67,11 +90,11 @@ def is_module_file(name: str, paths: list[str]) -> bool:
 
 
 def module_files(folder: Path, modules: Any) -> dict[str, Path]:
-    """Name in the output → file of the modules that the content of `modules.json` names."""
+    """Name in the output → file of the modules that the content of `modules.json` names. Raises CheckpointError as `own`."""
     paths = [path for path in module_paths(modules) if (folder / path).resolve().is_relative_to(folder.resolve())]
     files = [path for each in paths for path in sorted((folder / each).rglob("*")) if path.is_file()]
-    found = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: path for name, path in found.items() if is_module_file(name, paths)}
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return {name: own(folder, name) for name in names if is_module_file(name, paths)}
 
 
 def module_weights(files: Iterable[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 
 from yeam.errors import CheckpointError
 
@@ -34,7 +35,7 @@ def is_temporary(error: BaseException) -> bool:
 def retry_after(error: BaseException) -> float | None:
     """Seconds that the server asks to wait (`Retry-After`), None where it does not say, or says it as a date."""
     said = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-    return float(said) if said.isdigit() else None
+    return float(said) if said.isascii() and said.isdigit() else None
 
 
 def explain(error: BaseException, repo: str, what: str, *, write: bool = False) -> CheckpointError | None:
@@ -96,6 +97,8 @@ def explain(error: BaseException, repo: str, what: str, *, write: bool = False) 
             f"{repo}: {what} failed: the Hub cannot be reached ({type(error).__name__})",
             "check the network, HF_ENDPOINT and the proxy; a model in the cache can be used with HF_HUB_OFFLINE=1",
         )
+    if isinstance(error, json.JSONDecodeError):
+        return CheckpointError(f"{repo}: {what} failed: the answer is not JSON", "check HF_ENDPOINT and the proxy")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         return CheckpointError(
             f"{repo}: {what} failed: {error.strerror}",

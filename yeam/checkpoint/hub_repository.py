@@ -75,6 +75,13 @@ class Repository:
             return
         self.commit = str(info.sha)
         self.files = {file.rfilename: file.size for file in info.siblings or ()}
+        if not _COMMIT.fullmatch(self.commit):
+            raise CheckpointError(f"{self.where}: the Hub names no commit, but {info.sha!r}", "check HF_ENDPOINT")
+        for name in self.files:
+            if not _is_inside(name):
+                raise CheckpointError(
+                    f"{self.where}: lists {name!r}, which is no name of a file in it", "do not use it"
+                )
         self._remember(revision or "main")
 
     @property
@@ -126,13 +133,15 @@ class Repository:
         wanted = [name for name in self.files if _is_small(name)]
         self._all(self.fetch, [*wanted, *extra])
         if MODULES in self.files:
+            modules = None
             with contextlib.suppress(ValueError):  # transformers needs none of them
-                paths = module_paths(json.loads(self.fetch(MODULES).read_bytes()))
-                files = [name for name in self.files if is_module_file(name, paths)]
-                weights = module_weights(files)
-                self._all(self.fetch, [name for name in files if name not in weights])
-                absent = [name for name in weights if not (self.folder / name).exists()]
-                self.pending = {name: partial(self.fetch, name) for name in absent}
+                modules = json.loads(self.fetch(MODULES).read_bytes())
+            paths = module_paths(modules)
+            files = [name for name in self.files if is_module_file(name, paths)]
+            weights = module_weights(files)
+            self._all(self.fetch, [name for name in files if name not in weights])
+            absent = [name for name in weights if not (self.folder / name).exists()]
+            self.pending = {name: partial(self.fetch, name) for name in absent}
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def headers(self, names: Iterable[str]) -> dict[str, Header]:
@@ -221,6 +230,11 @@ class Repository:
                 "the repository was rewritten meanwhile: run again, with --no-resume if an interrupted merge is there",
             )
         raise known or error from error
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name that the Hub lists stays in the folder into which its file is downloaded."""
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def _is_small(name: str) -> bool:

@@ -114,4 +114,4 @@ def _pieces(url: str, begin: int, end: int, known: int | None, skip: bool) -> It
 def _length(response: Any, partial: bool) -> int | None:
     headers = response.headers
     total = headers.get("Content-Range", "").rpartition("/")[2] if partial else headers.get("Content-Length", "")
-    return int(total) if total.isdigit() else None
+    return int(total) if total.isascii() and total.isdigit() else None

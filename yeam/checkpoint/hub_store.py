@@ -56,7 +56,13 @@ class Piece:
     @property
     def is_here(self) -> bool:
         """Whether its bytes are on this machine, by themselves or in the whole file."""
-        return self.path.exists() or (self.repository.folder / self.file).exists()
+        return self._is_whole or (self.repository.folder / self.file).exists()
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether all of its bytes lie at its path: a machine that went down may have left fewer."""
+        path = self.path
+        return path.exists() and (self.whole or path.stat().st_size == self.nbytes)
 
     def download(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Bring the piece here, from where an earlier attempt stopped. Raises CheckpointError, Stopped.
@@ -80,8 +86,9 @@ class Piece:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path.with_name(path.name + _PARTIAL), "ab") as target:
                 fcntl.flock(target, fcntl.LOCK_EX)  # another process may want the same piece
-                if not path.exists():
+                if not self._is_whole:
                     self._append(target, stopped)
+                    os.fsync(target.fileno())
                     os.replace(target.name, path)
         except OSError as error:
             raise CheckpointError(

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn, Protocol
 import typer
 
 from yeam.engine.ranks_store import rank_here
-from yeam.errors import YeamError
+from yeam.errors import YeamError, redacted
 
 USUAL = gc.get_threshold()
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
@@ -102,13 +102,13 @@ def handled(debug: bool, as_json: bool = False, *, runs_models: bool = False) ->
             raise typer.Exit(error.exit_status) from None
         message, remedy, status = error.message, error.remedy, error.exit_status
         if debug:
-            traceback.print_exc()
+            typer.echo(redacted(traceback.format_exc()), err=True, nl=False)
     except Exception as error:
         message, remedy, status = _unforeseen(error)
         if interrupts:
             message, remedy, status = _INTERRUPTION
         if debug:
-            traceback.print_exc()
+            typer.echo(redacted(traceback.format_exc()), err=True, nl=False)
     else:
         return
     if rank > 0:
@@ -126,7 +126,7 @@ def _unforeseen(error: Exception) -> tuple[str, str, int]:
             return f"{where}: {error.strerror}", "free some space", 2
         if error.filename is not None and error.errno in _REFUSALS:
             return f"{os.fsdecode(error.filename)}: {error.strerror}", "check the path and its permissions", 2
-    return f"{type(error).__name__}: {error}", "report it, with the traceback that --debug shows", 1
+    return redacted(f"{type(error).__name__}: {error}"), "report it, with the traceback that --debug shows", 1
 
 
 class Interrupted(KeyboardInterrupt):

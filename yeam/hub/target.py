@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from yeam.checkpoint.hub import is_hub_id
 from yeam.checkpoint.hub_errors import explain
 from yeam.checkpoint.hub_requests import retried
-from yeam.errors import UserError, YeamError
+from yeam.errors import UserError, YeamError, redacted
 
 _TOKEN = (
     "set HF_TOKEN or run `hf auth login` with a token that may write; https://huggingface.co/settings/tokens makes one"
@@ -30,7 +30,7 @@ class Target:
         """The page of the repository, or of the branch."""
         from huggingface_hub import constants
 
-        page = f"{constants.ENDPOINT}/{self.repo}"
+        page = redacted(f"{constants.ENDPOINT}/{self.repo}")
         return page if self.revision == "main" else f"{page}/tree/{self.revision}"
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from yeam.checkpoint.beside import named
+
 _BUILT_IN = "sentence_transformers."
 
 
@@ -40,8 +42,11 @@ def at_home(settings: Any, home: str) -> Any:
 
 
 def python_files(folder: Path) -> dict[str, Path]:
-    """Name → Python file directly in a local folder; of one in the Hub's cache none, whatever has been downloaded."""
-    return {} if home_of(folder) else {path.name: path for path in sorted(folder.glob("*.py")) if path.is_file()}
+    """Name → Python file directly in a local folder; of one in the Hub's cache none, whatever has been downloaded.
+
+    Raises CheckpointError as `own`.
+    """
+    return {} if home_of(folder) else named(folder, ("*.py",))
 
 
 def parsed(source: Path | str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from yeam.checkpoint.base import Checkpoint
-from yeam.checkpoint.beside import MODULES, OTHER_FILES, module_files, module_weights, named
+from yeam.checkpoint.beside import MODULES, OTHER_FILES, module_files, module_weights, named, own
 from yeam.checkpoint.folder import read_json
 from yeam.errors import CheckpointError
 from yeam.planning.code import at_home, home_of, modules_named, parsed, python_files
@@ -50,8 +50,12 @@ def small_files(plan: Plan, checkpoints: Sequence[Checkpoint]) -> Iterator[tuple
 
 
 def small_notes(donor: Member, tokenizer_donor: Member) -> list[str]:
-    """What to tell about files that are taken along as they are: weights of further modules, and Python code."""
+    """What to tell about files that are taken along as they are: weights of further modules, and Python code.
+
+    Raises CheckpointError where one of them is a link to something that is no model's (`own`).
+    """
     notes = []
+    own(donor.checkpoint.folder, "config.json")
     there = [*_of_the_model(donor.checkpoint.folder), *donor.checkpoint.pending]
     for weights in dict.fromkeys(module_weights(there)):
         notes.append(f"{weights} is copied from {donor.ref.label}: modules behind the model are not merged")
@@ -73,6 +77,7 @@ def small_notes(donor: Member, tokenizer_donor: Member) -> list[str]:
                 f"{label} names Python code that it does not have: {', '.join(missing)}; the output lacks it, too"
             )
         elif needed:
+            python_files(folder)
             notes.append(f"{', '.join(needed)}: code of {label}, copied with the Python files beside it, and not run")
     return notes
 

@@ -130,6 +130,10 @@ def _parse_text(text: str, base_dir: str | os.PathLike[str] | None) -> ModelRef:
     text = text.strip()
     if not text.isprintable() or not text:
         raise ConfigError(f"{text!r} does not name a model", f"write {_FORM}")
+    if "://" in text:
+        raise ConfigError(
+            f"{text!r} is an address", "name a model on the Hub as owner/name; HF_ENDPOINT names another Hub"
+        )
     if "+" not in text or _existing(text, base_dir) is not None:
         return _parse_single(text, base_dir)
     readings: list[tuple[tuple[bool, bool], ModelRef]] = []

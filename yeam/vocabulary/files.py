@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from yeam.checkpoint.base import Checkpoint
-from yeam.checkpoint.beside import TOKENIZER_FILES, named
+from yeam.checkpoint.beside import TOKENIZER_FILES, named, own
 
 _VOCABULARY_FILES = (
     *("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model"),
@@ -20,12 +20,10 @@ def vocabulary_files(folder: Path) -> dict[str, Path]:
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """Name in the output → file of the tokenizer in `folder`, with chat templates. Only plain files directly there."""
-    found = named(folder, TOKENIZER_FILES)
-    extra = folder / "additional_chat_templates"
-    if extra.is_dir():
-        found |= {f"additional_chat_templates/{p.name}": p for p in sorted(extra.glob("*.jinja")) if p.is_file()}
-    return found
+    """Name in the output → file of the tokenizer in `folder`, with chat templates. Raises CheckpointError as `own`."""
+    extra = sorted(path for path in folder.glob("additional_chat_templates/*.jinja") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in extra]
+    return named(folder, TOKENIZER_FILES) | {name: own(folder, name) for name in names}
 
 
 def tokenizer_folder(checkpoint: Checkpoint) -> Path:
