@@ -75,10 +75,11 @@ def merge(
     base, delta_K, softness=32.0, width=256, rounds=1, lam=1.0, seed=0, depth=1, transposed=False, embedding=False
 ):
     """The merged tensor. delta_K = weight_k * (source_k - base), stacked; width=None skips the frames; transposed: stored [in, out]."""
+    delta_K = delta_K[delta_K.reshape(len(delta_K), -1).any(dim=1)]  # what did not move says nothing
+    if len(delta_K) == 0 or float(rays(delta_K, softness).norm()) == 0:
+        return base.clone()
     x = rays(delta_K, softness)
     norms_K = delta_K.reshape(len(delta_K), -1).norm(dim=1)
-    if float(x.norm()) == 0:
-        return base.clone()
     longest = float(2.5 * x.norm() / norms_K.mean())  # conflict is not blown up
     if x.dim() != 2 or min(x.shape) < 8:
         return base + lam * min(1.0, longest) * x * norms_K.mean() / x.norm()
@@ -87,8 +88,7 @@ def merge(
     displacement = max(float(norms_K.max() / base.norm().clamp(min=1e-300)), 1e-12)
     shared = max(1.0, float(delta_K.sum(0).square().sum() / norms_K.square().sum()))
 
-    moved = delta_K[norms_K > 0].reshape(int((norms_K > 0).sum()), -1)
-    unit = moved / moved.norm(dim=1, keepdim=True)
+    unit = delta_K.reshape(len(delta_K), -1) / norms_K[:, None]
     count = len(unit) ** 2 / float((unit @ unit.T).square().sum())
 
     def progress_of(x):

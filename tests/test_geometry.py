@@ -363,6 +363,29 @@ def test_copies_of_one_source_are_that_source(copies: int, shape: tuple[int, ...
     torch.testing.assert_close(merged, source, rtol=1e-12, atol=1e-12)
 
 
+@given(
+    moved=st.integers(1, 3),
+    still=st.integers(1, 2),
+    shape=st.sampled_from([(12,), (40, 28), (3, 16, 24)]),
+    frames=st.sampled_from([256, "spectral", "none"]),
+    transposed=st.booleans(),
+    seed=SEED,
+)
+@SETTINGS
+def test_sources_that_did_not_move_say_nothing(moved, still, shape, frames, transposed, seed) -> None:
+    """Wherever they stand; the only one that moved is followed as if it were alone, also from a base of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    base, *steps = torch.randn(1 + moved, *shape, generator=generator, dtype=torch.float64)
+    base = base * (moved > 1 or seed % 2)
+    sources = [base + 0.01 * step for step in steps]
+    order = torch.randperm(moved + still, generator=generator).tolist()
+    among = [([*sources, *[base] * still])[i] for i in order]
+    served = {"transposed": transposed and len(shape) == 2}
+    wanted = merge(torch.stack([sources[i] for i in order if i < moved]), base, served=served, frames=frames)
+    found = merge(torch.stack(among), base, served=served, frames=frames)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
 def test_contradiction_moves_little_and_cancellation_not_at_all() -> None:
     generator = torch.Generator().manual_seed(0)
     base, delta = torch.randn(2, 32, 32, generator=generator, dtype=torch.float64)

@@ -46,15 +46,16 @@ LEAST_PROGRESS = 1e-3
 @dataclass
 class Moments:
     """Sums over the tiles of one tensor: gram_KK = ⟨V_k, V_l⟩, along_K = ⟨V_k, x_rays⟩, squares_2 = ‖base‖², ‖x_rays‖² (arrays of
-    float64)."""
+    float64). has_base: whether there is one; then a source that is equal to it says nothing, and counts for nothing."""
 
     gram_KK: Array
     along_K: Array
     squares_2: Array
+    has_base: bool = True
 
     @classmethod
-    def of(cls, K: int) -> Moments:
-        return cls(np.zeros((K, K)), np.zeros(K), np.zeros(2))
+    def of(cls, K: int, has_base: bool = True) -> Moments:
+        return cls(np.zeros((K, K)), np.zeros(K), np.zeros(2), has_base)
 
     def add(self, delta_KT: Tensor, base_T: Tensor | None, point_T: Tensor) -> None:
         """Add one tile: the updates [K, T], the base [T] where there is one, and the rays' point [T]."""
@@ -79,7 +80,9 @@ class Moments:
 
     @property
     def mean_norm(self) -> float:
-        return float(self.norms_K.mean())
+        norms_K = self.norms_K
+        moved = int((norms_K > 0).sum())
+        return float(norms_K.sum() / moved) if self.has_base and moved else float(norms_K.mean())
 
     @property
     def displacement(self) -> float:
@@ -111,15 +114,13 @@ class Moments:
 def agreement(gram_KK: Values) -> float:
     """0 for unrelated updates, 1 for equal ones and for a single one.
 
-    clip((K·A − 1)/(K − 1), 0, 1) with A = ‖Σ V_k‖² / (K Σ ‖V_k‖²), from the Gram matrix [K, K] of the updates.
+    clip((K·A − 1)/(K − 1), 0, 1) with A = ‖Σ V_k‖² / (K Σ ‖V_k‖²), from the Gram matrix [K, K] of the updates, of which K are not 0.
     """
-    K = len(gram_KK)
-    if K == 1:
+    squares_K = gram_KK.diagonal()
+    moved = int((squares_K > 0).sum())
+    if moved < 2:
         return 1.0
-    total = float(gram_KK.diagonal().sum())
-    if total <= 0:
-        return 1.0
-    return min(1.0, max(0.0, (float(gram_KK.sum()) / total - 1) / (K - 1)))
+    return min(1.0, max(0.0, (float(gram_KK.sum()) / float(squares_K.sum()) - 1) / (moved - 1)))
 
 
 def distinct(gram_KK: Values) -> float:

@@ -1,6 +1,6 @@
 """Where whole rows meet: the planes of the rays once more, in the axes of the inputs that the sources use most.
 
-Legend: K sources, N columns, M rows, S rows of a sample, T elements of a tile, B rows of a band (which is how a matrix is cut), R axes,
+Legend: K sources, J of them that move, N columns, M rows, S rows of a sample, T elements of a tile, B rows of a band (which is how a matrix is cut), R axes,
 r axes of one source, C sources but the last.
 
 An update's rows lie in the span of the inputs that its fine-tune saw, so C_k = V_kᵀV_k / ‖V_k‖² tells how much source k makes of an input
@@ -44,22 +44,25 @@ class Meeting:
     def __init__(self, sample_KSN: Tensor, signal: float = 1.0, seed: int = 0, softness: float = 1.0) -> None:
         """sample_KSN: rows of the updates, not all zero, float32 or float64. signal: the share of their energy that is more than rounding;
         the point is moved by that much less. seed: of the sketch, drawn on the CPU. softness: the ridge, in mean eigenvalues of a C_k. A
-        source that is zero in the sample has no axes of its own and no share in those of others."""
-        K, _, columns = sample_KSN.shape
+        source that is zero in the sample counts for nothing."""
+        moved_K = sample_KSN.flatten(1).any(dim=1)
+        moved_JSN = sample_KSN if bool(moved_K.all()) else sample_KSN[moved_K]
+        J, _, columns = moved_JSN.shape
         self.band = band(columns)
-        self.axes_NR = _strong_axes(sample_KSN, min(AXES, max(1, MOST_AXES // K)), seed)
-        used_KSR = sample_KSN @ self.axes_NR
-        square_K = (
-            torch.linalg.vector_norm(sample_KSN.flatten(1), dim=1)
-            .square()
-            .clamp(min=torch.finfo(sample_KSN.dtype).tiny)
+        self.axes_NR = _strong_axes(moved_JSN, min(AXES, max(1, MOST_AXES // J)), seed)
+        used_JSR = moved_JSN @ self.axes_NR
+        square_J = (
+            torch.linalg.vector_norm(moved_JSN.flatten(1), dim=1).square().clamp(min=torch.finfo(moved_JSN.dtype).tiny)
         )
-        moment_KRR = used_KSR.mT @ used_KSR / square_K[:, None, None]
-        one_RR = torch.eye(moment_KRR.shape[1], dtype=sample_KSN.dtype, device=sample_KSN.device)
-        extra = softness * K / columns
-        whole_RR = moment_KRR.sum(dim=0) + extra * one_RR
-        part_CRR = moment_KRR[:-1] + extra / K * one_RR
-        self.shares_CRR = signal * (K * torch.linalg.solve(whole_RR.expand_as(part_CRR), part_CRR, left=False) - one_RR)
+        moment_JRR = used_JSR.mT @ used_JSR / square_J[:, None, None]
+        one_RR = torch.eye(moment_JRR.shape[1], dtype=sample_KSN.dtype, device=sample_KSN.device)
+        extra = softness * J / columns
+        whole_RR = moment_JRR.sum(dim=0) + extra * one_RR
+        part_JRR = moment_JRR + extra / J * one_RR
+        shares_JRR = signal * (J * torch.linalg.solve(whole_RR.expand_as(part_JRR), part_JRR, left=False) - one_RR)
+        shares_KRR = shares_JRR.new_zeros(len(sample_KSN), *one_RR.shape)
+        shares_KRR[moved_K] = shares_JRR
+        self.shares_CRR = shares_KRR[:-1]
 
     def add_(self, contrast_CT: Tensor, point_T: Tensor) -> Tensor:
         """Move the rays' point of whole rows [T], in place.
@@ -113,7 +116,8 @@ class TurnedMeeting(Meeting):
 def _strong_axes(sample_KSN: Tensor, rank: int, seed: int) -> Tensor:
     """Orthonormal axes [N, R] that span what is strongest in each source (subspace iteration: Halko, Martinsson and Tropp 2011).
 
-    R ≤ K · rank, and the whole space where that is no larger. The same span whatever the order of the sources.
+    sample_KSN: of sources that move. R ≤ K · rank, and the whole space where that is no larger. The same span whatever the order of the
+    sources.
     """
     K, _, columns = sample_KSN.shape
     if K * rank >= columns:
@@ -123,8 +127,7 @@ def _strong_axes(sample_KSN: Tensor, rank: int, seed: int) -> Tensor:
     # mixed rows: columns in another order, or of other signs, give the same span
     found_KNr = torch.linalg.qr((mix_Sr.T @ sample_KSN).mT).Q
     found_KNr = torch.linalg.qr(((sample_KSN @ found_KNr).mT @ sample_KSN).mT).Q
-    moved_K = sample_KSN.flatten(1).any(dim=1)
-    joined_NR = found_KNr[moved_K].transpose(0, 1).flatten(1)
+    joined_NR = found_KNr.transpose(0, 1).flatten(1)
     value_R, vector_RR = torch.linalg.eigh(joined_NR.T @ joined_NR)
     kept_R = value_R > _SAME
     axes_NR: Tensor = joined_NR @ (vector_RR[:, kept_R] * value_R[kept_R].rsqrt())

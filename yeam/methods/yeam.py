@@ -103,7 +103,7 @@ def _stream(inputs: Inputs, weight: PerSource[float], softness: float, strength:
         return
     size = math.prod(inputs.shape)
     held_T = _held(inputs, size) if 4 * size <= HELD_BYTES else None
-    moments = Moments.of(inputs.K)
+    moments = Moments.of(inputs.K, inputs.has_base)
 
     def point_of(tile: Tile | StoredTile, sums: Moments) -> Values:
         if held_T is not None:
@@ -168,7 +168,7 @@ def _matrix(
     stop = start + rows * columns
     held_MN = _held(inputs, rows, columns)
     flat_T = held_MN.reshape(-1)
-    moments = Moments.of(inputs.K)
+    moments = Moments.of(inputs.K, inputs.has_base)
     meeting = meeting_of(inputs, (start, rows, columns), weight, seed, flat_T)
     for part in parts(inputs, start, stop, unit=meeting.band if meeting else 1):
         resolve(part, weight, softness, moments, flat_T[part.start - start : part.stop - start], meeting)

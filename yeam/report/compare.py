@@ -125,7 +125,7 @@ def _row(sums: Sums, name: str, role: str, layer: int | None, shape: tuple[int, 
     from yeam.geometry.length import agreement
 
     agreed = None
-    if sums.x_square + sums.y_square > 0:
+    if sums.x_square * sums.y_square > 0:
         import torch
 
         agreed = agreement(torch.tensor([[sums.x_square, sums.dot], [sums.dot, sums.y_square]], dtype=torch.float64))
