@@ -86,6 +86,18 @@ def test_a_source_and_its_mirror_image_cancel(seed: int, shape: tuple[int, ...],
     assert torch.equal(out, target) and all(part["moved"] == 0 for part in facts)
 
 
+@pytest.mark.parametrize("shape", [(40, 24), (192,), (1,)])
+@pytest.mark.parametrize("policy", ["union", "consensus"])
+def test_what_rounding_leaves_of_nothing_is_not_injected(shape: tuple[int, ...], policy: str) -> None:
+    """Sources that cancel but for rounding, and a vector that is an earlier step of the target's."""
+    base, own, step = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    target = base + 0.05 * own
+    out, _ = injected(target, [base + 0.05 * step, base - 0.05 * step], base, policy=policy)
+    assert torch.equal(out, target)
+    if len(shape) == 1:
+        assert torch.equal(injected(target, [base + 0.5 * (target - base)], base, policy=policy)[0], target)
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 99), SHAPES, POLICIES, st.floats(0.01, 100), st.floats(0.001, 0.5), st.integers(1, 4))
 def test_the_budget_bounds_all_sources_together(

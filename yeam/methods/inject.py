@@ -166,16 +166,20 @@ def _panel(
     lost = gate_(point_T, coherence_B, how.policy, K)
     length = norm = float(torch.linalg.vector_norm(point_T))
     wanted = how.strength * length * REACH_WITHOUT_BASE
-    if inputs.has_base and length > 0:
+    least = torch.finfo(point_T.dtype).eps ** 0.5  # a smaller share is what the arithmetic left of nothing
+    if inputs.has_base and length <= least * moments.mean_norm:
+        norm = 0.0
+    elif inputs.has_base:
         resolved_T.copy_(point_T)
         sides = (panel.rows, panel.columns) if panel.is_matrix else None
         rounding = moments.rounding([1.0] * K, [inputs.rounding[k] for k in kept])
         departure = moments.departure + lost
-        shape_(point_T, own_T, target_T, sides, how, facts["agreement"], rounding, departure, inputs.transposed)
-        norm = float(torch.linalg.vector_norm(point_T))
+        share = shape_(point_T, own_T, target_T, sides, how, facts["agreement"], rounding, departure, inputs.transposed)
+        norm = float(torch.linalg.vector_norm(point_T)) if share > least else 0.0
         resolved, shaped, target = (top(x_T, sides, how.seed) for x_T in (resolved_T, point_T, target_T))
         wanted = how.strength * norm * reach(resolved, shaped, target, inputs.depth)
-    moved = min(wanted, how.budget * moments.base_square**0.5) if norm > 0 else 0.0
+    wanted = wanted if norm > 0 else 0.0
+    moved = min(wanted, how.budget * moments.base_square**0.5)
     inputs.record(
         update_norms=[float(norm) for norm in moments.norms_K],
         base_norm=moments.base_square**0.5,

@@ -123,12 +123,14 @@ def shape_(
     rounding: float,
     departure: float,
     transposed: bool,
-) -> None:
+) -> float:
     """Spread the point over frames and keep it off what the target uses; its length is set afterwards.
 
-    sides: (M, N) where the panel is a matrix. rounding, departure: squared lengths of what in the point is noise (`Moments`); axes that
+    Returns the share of its length that is off that. sides: (M, N) where the panel is a matrix. rounding, departure: squared lengths of what in the point is noise (`Moments`); axes that
     hold no more than that are not raised.
     """
+    import torch
+
     from yeam.geometry.frames import flatten_
     from yeam.geometry.protect import off_rays_, protect_
 
@@ -139,8 +141,9 @@ def shape_(
             point_MN, how.frames, alpha=alpha, rounds=how.rounds, seed=how.seed, rounding=rounding,
             departure=departure, square_rows=transposed,
         )  # fmt: skip
-        if how.protect == "space":
-            used = [own_T.view_as(point_MN), target_T.view_as(point_MN)]
-            protect_(point_MN, used)
+    whole = float(torch.linalg.vector_norm(point_T))
+    if sides is not None and how.protect == "space":
+        protect_(point_T.view(sides), [own_T.view(sides), target_T.view(sides)])
     if how.protect == "rays" or (how.protect == "space" and sides is None):
         off_rays_(point_T, own_T)
+    return float(torch.linalg.vector_norm(point_T)) / whole if whole > 0 else 0.0
