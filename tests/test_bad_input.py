@@ -218,8 +218,23 @@ def test_overflow(llama, recipe, refused, tmp_path):
         ({"output_dtype": "float16"}, ("output_dtype", "did you mean 'out_dtype'")),
         ({"out_dtype": "float61"}, ("float61",)),
         ({"chat_template": "chatmk"}, ("chatmk", "chatml")),
+        ({"chat_template": "{{" * 3000}, ("chat_template", "nested too deeply")),
+        ({"tokenizer": {"pad_to_multiple_of": 10**20}}, ("pad_to_multiple_of", "at most 65536")),
     ],
-    ids=["method", "parameter", "value", "filter", "plugin", "module", "tokenizer", "key", "dtype", "template"],
+    ids=[
+        "method",
+        "parameter",
+        "value",
+        "filter",
+        "plugin",
+        "module",
+        "tokenizer",
+        "key",
+        "dtype",
+        "template",
+        "deep",
+        "padding",
+    ],
 )
 def test_wrong_recipe(keys, texts, llama, recipe, refused, tmp_path):
     a, b = llama("a"), llama("b")

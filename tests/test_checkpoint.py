@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,13 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     (model / "x-00001-of-00003.safetensors").rename(model / "model.safetensors")
     (model / "config.json").write_text("{bad")
     assert f"{model}/config.json: is not valid JSON" in error(model)
+    (model / "config.json").write_text('{"x": "\\\\ud800"}'.replace("\\\\", "\\"))
+    assert f"{model}/config.json: is not valid JSON" in error(model)
+    (model / "config.json").unlink()
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(model / "config.json")
+        assert f"{model}/config.json: is no file of at most" in error(model)
+        (model / "config.json").unlink()
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     save_file({"a": torch.ones(1)}, adapter / "adapter_model.safetensors")

@@ -303,6 +303,17 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
         ({"r": 4}, "rank 3"),
         ({"use_dora": True}, "no lora_magnitude_vector"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan"),
+        ({"lora_alpha": 1e308}, "lora_alpha 1e.308"),
+        ({"lora_alpha": True}, "lora_alpha True"),
+        ({"rank_pattern": "["}, "rank_pattern is '\\['"),
+        ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern is"),
+        ({"alpha_pattern": 2.5}, "alpha_pattern is 2.5"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern is"),
+        ({"target_parameters": [None]}, "target_parameters is"),
+        ({"rank_pattern": {"(([a-z_.0-9])+)+!": 2}}, "could take for ever"),
+        ({"rank_pattern": {"(a|a)*!": 2}}, "could take for ever"),
+        ({"alpha_pattern": {".*.*.*.*!": 2.0}}, "could take for ever"),
     ],
 )
 def test_refusals(changes: dict[str, Any], message: str, bases: dict[str, Path], tmp_path: Path) -> None:
@@ -311,6 +322,27 @@ def test_refusals(changes: dict[str, Any], message: str, bases: dict[str, Path],
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(str(bases["llama"]), lora=(str(tmp_path), None))
     assert str(tmp_path) in caught.value.message and caught.value.remedy
+
+
+def test_patterns_as_people_write_them(bases: dict[str, Path], tmp_path: Path) -> None:
+    train(bases["llama"], tmp_path, target_modules=["q_proj"])
+    for pattern in (
+        r"model\.layers\.\d+\.self_attn\.q_proj",
+        r".*\.(0|1|[2-9*+])\..*q_proj",
+        "^model.layers.(0|1).self_attn.q_.{3,4}",
+    ):
+        edit(tmp_path, rank_pattern={pattern: 3}, r=8)
+        open_checkpoint(str(bases["llama"]), lora=(str(tmp_path), None)).close()
+
+
+def test_factors_of_another_type(bases: dict[str, Path], tmp_path: Path) -> None:
+    train(bases["llama"], tmp_path, target_modules=["q_proj"])
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(
+        {name: value.to(torch.complex64) for name, value in weights.items()}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"lora_A.* is of type C64, not of real numbers"):
+        open_checkpoint(str(bases["llama"]), lora=(str(tmp_path), None))
 
 
 def test_adapter_of_another_base(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -102,6 +102,15 @@ def test_bad_pytorch_files(tmp_path: Path) -> None:
     os.truncate(path, 4000)
     with pytest.raises(CheckpointError, match="truncated"):
         open_checkpoint(str(path))
+    torch.save({"w": torch.ones(2)}, path)
+    whole = path.read_bytes()
+    name = whole.rindex(b"data.pkl")
+    newer = whole.replace(b"PK\x01\x02\x00\x00\x00\x00", b"PK\x01\x02\x00\x00\x83\x00")
+    for damaged in (whole[:name] + b"\xff" + whole[name + 1 :], newer):
+        assert damaged != whole
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"{path}: "):
+            open_checkpoint(str(path))
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="holds a list, not a state dict"):
         open_checkpoint(str(path))

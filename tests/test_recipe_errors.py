@@ -173,6 +173,7 @@ def problems(text: str, **options: Any) -> list[str]:
         ("- a\n", "r.yaml:1: a recipe is a mapping of keys to values, not a list"),
         ("a: &x [*x]", "r.yaml:1: this anchor contains an alias of itself"),
         ("a: " + "[" * 5000, "r.yaml: nested too deeply"),
+        ('a: "\\UFFFFFFFF"', "r.yaml: an escape names a character that does not exist"),
     ],
 )
 def test_each_error_names_its_line(text: str, expected: str) -> None:

@@ -128,8 +128,21 @@ def test_targets(merged, tmp_path, refused):
     assert json.loads(result.stdout)["written"] == [str(tmp_path / "a.png"), str(tmp_path / "b.html")], result.stderr
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "b.html").stat().st_size > 10_000
     refused(["report", FAMILY / "base"], "there is no yeam_report.json")
-    (tmp_path / "yeam_report.json").write_text('{"tensors": [{"name": 1}]}')
-    refused(["report", tmp_path], "is not the report of a merge")
+    whole = json.loads((merged / "yeam_report.json").read_text())
+    for place, wrong in (
+        ("tensors", [{"name": 1}]),
+        ("totals", {"bytes": "many"}),
+        ("method", None),
+        ("seconds", []),
+        ("models", 3),
+    ):
+        (tmp_path / "yeam_report.json").write_text(json.dumps({**whole, place: wrong}))
+        refused(["report", tmp_path], f"is not the report of a merge: {place}")
+    for place, wrong in (("norm", "x"), ("shape", [None]), ("update", {"moved": {}}), ("parts", [1]), ("layer", "0")):
+        (tmp_path / "yeam_report.json").write_text(
+            json.dumps({**whole, "tensors": [{**whole["tensors"][0], place: wrong}]})
+        )
+        refused(["report", tmp_path], f"is not the report of a merge: tensors.0.{place}")
 
 
 def test_methods_without_facts(llama, recipe, tmp_path):

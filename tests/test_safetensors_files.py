@@ -39,6 +39,8 @@ BAD_HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "not an object": (b"[]", b"", "JSON object"),
     "metadata": ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
     "twice": (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":1}', b"x", "'a' twice"),
+    "half a character": (b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x", "cannot be printed"),
+    "escape": ({"a\x1b]0;b": entry(0, 4, [1])}, b"1234", "cannot be printed"),
     "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, b"1234", "'a' lacks"),
     "unknown dtype": ({"a": entry(0, 4, [1], "BF17")}, b"1234", "BF17.*did you mean 'BF16'"),
     "four bits": ({"a": entry(0, 4, [8], "F4")}, b"1234", "'a' is stored as F4"),

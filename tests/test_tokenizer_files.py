@@ -188,6 +188,17 @@ def test_what_is_refused(tmp_path: Path, llama: Llama) -> None:
     )
     yeam.plan(recipe(metaspace, byte, tokenizer={"source": str(byte)}))
     refused(CheckpointError, recipe(a, broken, tokenizer={"source": "union"}), "broken", "tokenizer.json")
+    for content in ("[]", "", "\0\1"):
+        (broken / "tokenizer.json").write_text(content)
+        refused(CheckpointError, recipe(broken, a), f"{broken}/tokenizer.json: is not")
+    other = llama("meta-2", vocab=400)
+    trained("metaspace", 1).save_pretrained(other)
+    table = json.loads((other / "tokenizer.json").read_text())
+    for merge in ("ab", 1, ["a"]):
+        table["model"]["merges"] = [merge]
+        (other / "tokenizer.json").write_text(json.dumps(table))
+        united = recipe(metaspace, other, tokenizer={"source": "union"})
+        refused(CheckpointError, united, f"{other}/tokenizer.json: the merge {merge!r} is no pair")
     bad = recipe(a, tokenizer={"source": "union"}, chat_template="{% for m in messages %}{{ m.content }")
     refused(ConfigError, bad, "does not compile")
     other = llama("other", vocab=9)

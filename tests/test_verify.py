@@ -136,6 +136,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
 }  # fmt: skip
 
 
+def test_an_index_without_a_total(merged):
+    edit(merged / "model.safetensors.index.json", lambda index: index.update(metadata=None))
+    assert yeam.verify(merged).ok
+
+
 def test_good(merged):
     """Everything passes, with transformers' word; so does a folder that YeAM did not write."""
     found = yeam.verify(merged, load=True)

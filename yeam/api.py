@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yeam.arguments import checked
-from yeam.errors import ConfigError, UserError
+from yeam.errors import ConfigError, OutputError, UserError
 from yeam.recipe import LoadedRecipe, MergeRecipe, load_recipe, parse_size
 
 if TYPE_CHECKING:
@@ -425,8 +425,13 @@ def _several(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -
 
 
 def output_folder(loaded: LoadedRecipe, out: str | os.PathLike[str] | None) -> Path:
-    """Where a recipe's output goes: `out`, else its `output:`, else `./<recipe name>`."""
-    return Path(os.path.abspath(os.path.expanduser(out or loaded.recipe.output or loaded.name)))
+    """Where a recipe's output goes: `out`, else its `output:`, else `./<recipe name>`. Raises OutputError for a name that is no text."""
+    path = Path(os.path.abspath(os.path.expanduser(out or loaded.recipe.output or loaded.name)))
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+        raise OutputError(
+            f"{os.fsencode(path)!r}: is no text in UTF-8, which reports are written in", "name another folder"
+        )
+    return path
 
 
 def _load(config: RecipeSource, overrides: Sequence[str], like: str | None) -> LoadedRecipe:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from yeam.errors import CheckpointError
+
+LARGEST_JSON = 256 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -20,9 +23,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_any_json(path: Path) -> Any:
-    """What a JSON file holds, an object or not. Raises CheckpointError when it cannot be read or is no JSON."""
+    """What a JSON file holds, an object or not. Raises CheckpointError when it is no file of at most 256 MiB, cannot be read or is no
+    JSON, or escapes half a character, which could not be written again."""
     try:
-        return json.loads(path.read_bytes().decode("utf-8"))
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_JSON:
+            raise CheckpointError(
+                f"{path}: is no file of at most {LARGEST_JSON} bytes, as JSON in a model's folder is",
+                "put the model's own file there",
+            )
+        text = path.read_bytes().decode("utf-8")
+        found = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read: {error.strerror or error}", "check the path and its permissions"

@@ -130,6 +130,10 @@ def _entries(table: Mapping[str, Any], data_begin: int, where: str) -> list[tupl
     found = []
     known: dict[tuple[str, str], TensorInfo] = {}
     for name, record in table.items():
+        if not name.isprintable():
+            raise CheckpointError(
+                f"{where}: the name {name!r} of a tensor has characters that cannot be printed", _DAMAGED
+            )
         try:
             kind = record["dtype"], repr(record["shape"])
             begin, end = record["data_offsets"]

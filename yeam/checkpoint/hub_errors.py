@@ -97,6 +97,8 @@ def explain(error: BaseException, repo: str, what: str, *, write: bool = False) 
             f"{repo}: {what} failed: the Hub cannot be reached ({type(error).__name__})",
             "check the network, HF_ENDPOINT and the proxy; a model in the cache can be used with HF_HUB_OFFLINE=1",
         )
+    if isinstance(error, UnicodeEncodeError):  # of a header: what is in it is not repeated
+        return CheckpointError(f"{repo}: {what} failed: HF_TOKEN holds characters that no token has", token)
     if isinstance(error, json.JSONDecodeError):
         return CheckpointError(f"{repo}: {what} failed: the answer is not JSON", "check HF_ENDPOINT and the proxy")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from yeam.errors import CheckpointError
 
 _MERGE_IT = "merge the adapter into its base with the library that trained it, and give YeAM the result"
+_REPAIR = "repair the adapter's config"
+_LARGEST_ALPHA = 3e38  # of float32
+# what a pattern may be made of, so that no name takes it long: a search that goes back multiplies with every repeat
+_LONGEST_PATTERN, _MOST_REPEATS = 1000, 3
+_CLASS = re.compile(r"\\.|\[\^?\]?[^\]]*\]")
+_REPEATED = re.compile(r"[*+]|\{\d*,")
+_NESTED = re.compile(r"\)(?:[*+]|\{)")
 _REFUSED = {
     "alora_invocation_tokens": "activated LoRA acts on some tokens only, so no weight equals it",
     "layer_replication": "it repeats layers of its base",
@@ -88,21 +95,47 @@ def read_lora_config(table: Mapping[str, Any], where: str) -> LoraConfig:
             "save the adapter with PEFT's `path_initial_model_for_weight_conversion`, which turns it into plain LoRA",
         )
     rank, alpha = table.get("r", 8), table.get("lora_alpha", 8)
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)):
-        raise CheckpointError(f"{where}: r is {rank!r} and lora_alpha {alpha!r}", "repair the adapter's config")
+    if not _is_rank(rank) or not _is_alpha(alpha):
+        raise CheckpointError(f"{where}: r is {rank!r} and lora_alpha {alpha!r}", _REPAIR)
+    targets = table.get("target_parameters") or ()
+    if not isinstance(targets, (list, tuple)) or not all(isinstance(target, str) for target in targets):
+        raise CheckpointError(f"{where}: target_parameters is {targets!r}, not a list of names", _REPAIR)
     return LoraConfig(
         where=where,
         rank=rank,
         alpha=float(alpha),
         rslora=bool(table.get("use_rslora")),
-        rank_pattern=table.get("rank_pattern") or {},
-        alpha_pattern=table.get("alpha_pattern") or {},
+        rank_pattern=_patterns(table, "rank_pattern", _is_rank, where),
+        alpha_pattern=_patterns(table, "alpha_pattern", _is_alpha, where),
         fan_in_fan_out=table.get("fan_in_fan_out"),
         dora=bool(table.get("use_dora")),
-        target_parameters=tuple(table.get("target_parameters") or ()),
+        target_parameters=tuple(targets),
         token_indices=table.get("trainable_token_indices"),
         keep_tied=bool(table.get("ensure_weight_tying")),
     )
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_alpha(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) <= _LARGEST_ALPHA  # type: ignore[arg-type]
+
+
+def _patterns(table: Mapping[str, Any], key: str, fits: Callable[[object], bool], where: str) -> Mapping[str, Any]:
+    """The field, a map from patterns of modules to numbers. Raises CheckpointError for anything else."""
+    found = table.get(key) or {}
+    if not isinstance(found, dict) or not all(fits(value) for value in found.values()):
+        raise CheckpointError(f"{where}: {key} is {found!r}, not a map from modules to numbers", _REPAIR)
+    for pattern in found:
+        bare = _CLASS.sub("x", pattern)
+        if len(pattern) > _LONGEST_PATTERN or len(_REPEATED.findall(bare)) > _MOST_REPEATS or _NESTED.search(bare):
+            raise CheckpointError(
+                f"{where}: the pattern {pattern[:80]!r} in {key} could take for ever to match",
+                f"write it without repeated groups, with at most {_MOST_REPEATS} of `*` and `+`",
+            )
+    return found
 
 
 def _pattern(patterns: Mapping[str, Any], module: str) -> str:

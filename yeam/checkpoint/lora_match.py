@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from yeam.checkpoint.base import Checkpoint, TensorInfo
+from yeam.checkpoint.dtypes import DTYPES
 from yeam.checkpoint.folder import listed
 from yeam.checkpoint.lora_config import LoraConfig
 from yeam.checkpoint.lora_factors import FUSED_EXPERTS, Factors, Parameter, Wrapper, assign, find_parameter
@@ -71,6 +72,9 @@ class _Matcher:
         for name, key in contents.replaced.items():
             self._replace(name, key)
         for module, parts in contents.modules.items():
+            for key in parts.values():
+                if not DTYPES[code := self.adapter.tensors[key].dtype].is_float:
+                    raise CheckpointError(f"{self.where}: {key!r} is of type {code}, not of real numbers", _OWN_BASE)
             self._module(module, dict(parts))
         for stem, wrappers in self.wrappers.items():
             self._experts(stem, wrappers)

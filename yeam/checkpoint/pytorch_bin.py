@@ -169,7 +169,7 @@ def _check_archive(path: Path) -> None:
                         f"{path}: the entry {item.filename!r} is compressed or ends beyond the file: damaged",
                         "download or save the file again",
                     )
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}", "download or save the file again") from error
 
 

@@ -1,7 +1,7 @@
 """Where whole rows meet: the planes of the rays once more, in the axes of the inputs that the sources use most.
 
-Legend: K sources, J of them that move, N columns, M rows, S rows of a sample, T elements of a tile, B rows of a band (which is how a matrix is cut), R axes,
-r axes of one source, C sources but the last.
+Legend: K sources, J of them that move, N columns, M rows, S rows of a sample, T elements of a tile, B rows of a band (which is how a
+matrix is cut), R axes, r axes of one source, C sources but the last.
 
 An update's rows lie in the span of the inputs that its fine-tune saw, so C_k = V_kᵀV_k / ‖V_k‖² tells how much source k makes of an input
 (WUDI, Cheng et al. 2025; RegMean, Jin et al. 2023). With e = softness · K/N, as many mean eigenvalues of Σ C_k, the point where

@@ -126,8 +126,8 @@ def shape_(
 ) -> float:
     """Spread the point over frames and keep it off what the target uses; its length is set afterwards.
 
-    Returns the share of its length that is off that. sides: (M, N) where the panel is a matrix. rounding, departure: squared lengths of what in the point is noise (`Moments`); axes that
-    hold no more than that are not raised.
+    Returns the share of its length that is off that. sides: (M, N) where the panel is a matrix. rounding, departure: squared lengths of
+    what in the point is noise (`Moments`); axes that hold no more than that are not raised.
     """
     import torch
 

@@ -52,10 +52,11 @@ def small_files(plan: Plan, checkpoints: Sequence[Checkpoint]) -> Iterator[tuple
 def small_notes(donor: Member, tokenizer_donor: Member) -> list[str]:
     """What to tell about files that are taken along as they are: weights of further modules, and Python code.
 
-    Raises CheckpointError where one of them is a link to something that is no model's (`own`).
+    Raises CheckpointError where one of them is a link to something that is no model's (`own`), or no file of its kind.
     """
     notes = []
     own(donor.checkpoint.folder, "config.json")
+    _check_tokenizer(tokenizer_files(tokenizer_donor.checkpoint.folder))
     there = [*_of_the_model(donor.checkpoint.folder), *donor.checkpoint.pending]
     for weights in dict.fromkeys(module_weights(there)):
         notes.append(f"{weights} is copied from {donor.ref.label}: modules behind the model are not merged")
@@ -80,6 +81,18 @@ def small_notes(donor: Member, tokenizer_donor: Member) -> list[str]:
             python_files(folder)
             notes.append(f"{', '.join(needed)}: code of {label}, copied with the Python files beside it, and not run")
     return notes
+
+
+def _check_tokenizer(files: Mapping[str, Path]) -> None:
+    """Raise CheckpointError for a tokenizer.json that begins or ends as no JSON object does; all of it would take too long to read."""
+    path = files.get("tokenizer.json")
+    if path is not None:
+        with path.open("rb") as file:
+            begin = file.read(64)
+            file.seek(max(0, path.stat().st_size - 64))
+            end = file.read(64)
+        if not begin.lstrip().startswith(b"{") or not end.rstrip().endswith(b"}"):
+            raise CheckpointError(f"{path}: is not a JSON object", "repair the file or download it again")
 
 
 def _of_the_model(folder: Path) -> dict[str, Path]:

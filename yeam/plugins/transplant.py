@@ -67,6 +67,7 @@ def transplant(
 
 
 def _check(plan: Plan, method: str, k: int, pad: int | None) -> None:
+    from yeam.recipe.fields import MOST_ROWS
     from yeam.transfer.newrows import METHODS
 
     if method in _ZEROS:
@@ -79,6 +80,8 @@ def _check(plan: Plan, method: str, k: int, pad: int | None) -> None:
     for name, value in (("k", k), ("pad_to_multiple_of", 1 if pad is None else pad)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}: {value!r} is not a whole number above 0", f"leave `{name}` out for the default")
+    if (pad or 1) > MOST_ROWS:
+        raise ConfigError(f"pad_to_multiple_of: {pad} is more than {MOST_ROWS}", "no vocabulary needs more empty rows")
     if plan.vocabulary is not None:
         raise ConfigError(
             "the recipe has settled the output's vocabulary already",

@@ -125,6 +125,10 @@ def _compose(text: str, name: str) -> list[Node]:
         return roots
     except RecursionError:
         raise ConfigError(f"{name}: nested too deeply", "flatten the recipe") from None
+    except (OverflowError, ValueError):  # PyYAML's own limits for \U escapes
+        raise ConfigError(
+            f"{name}: an escape names a character that does not exist", "correct what follows `\\U`"
+        ) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         # PyYAML gives the code point of a forbidden character

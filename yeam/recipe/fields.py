@@ -30,6 +30,7 @@ DTYPE_ALIASES = {
     "bf16": "bfloat16",
 }
 MATH_MODES = ("fp32", "exact")
+MOST_ROWS = 65_536
 
 
 def fault(*problems: Problem) -> PydanticCustomError:
@@ -86,6 +87,13 @@ def parse_count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise refuse(f"must be a whole number of at least 1, not {describe(value)}")
     return value
+
+
+def parse_multiple(value: Any) -> int:
+    """A whole number from 1 to 65,536: rows are added up to a multiple of it."""
+    if isinstance(value, int) and value > MOST_ROWS:
+        raise refuse(f"must be at most {MOST_ROWS}", "no vocabulary needs more empty rows: write 64, or leave it out")
+    return parse_count(value)
 
 
 def parse_dtype(value: Any) -> str:
@@ -191,6 +199,7 @@ def _plain_reference(reference: ModelRef) -> str:
 Text = Annotated[str, checked(parse_text)]
 Flag = Annotated[bool, checked(parse_flag)]
 Count = Annotated[int, checked(parse_count)]
+Multiple = Annotated[int, checked(parse_multiple)]
 DTypeName = Annotated[str, checked(parse_dtype)]
 MathMode = Annotated[str, checked(parse_math)]
 Size = Annotated[int, checked(parse_size)]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationInfo
 
 from yeam.errors import suggest
-from yeam.recipe.fields import Count, Flag, fault, parse_reference
+from yeam.recipe.fields import Flag, Multiple, fault, parse_reference
 from yeam.recipe.problems import Problem, describe
 from yeam.recipe.reference import ModelRef
 
@@ -109,4 +109,4 @@ class TokenizerRecipe(BaseModel):
 
     source: Vocabulary = "union"
     tokens: Mapping[str, TokenRecipe] | None = None
-    pad_to_multiple_of: Count | None = Field(default=None)
+    pad_to_multiple_of: Multiple | None = Field(default=None)

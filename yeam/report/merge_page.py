@@ -24,12 +24,12 @@ from yeam.report.html import (
     version_line,
 )
 from yeam.report.maps import Curves, HeatMap, heat_map
+from yeam.report.merge_fields import misfit
 from yeam.report.moved import moved_parts, moved_pictures
 from yeam.report.size import human_bytes
 
 REPORT, RECIPE = "yeam_report.json", "yeam_config.yaml"
 _FACTS = {"update_norms", "agreement", "base_norm", "moved"}
-_ENTRY = {"name", "shape", "dtype", "role", "layer", "method", "sources"}
 
 
 def read_report(out: Path) -> tuple[Path, dict[str, Any]]:
@@ -38,9 +38,9 @@ def read_report(out: Path) -> tuple[Path, dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{out}: there is no {REPORT}", "name a folder that `yeam merge` wrote")
     report = read_json(path)
-    tensors = report.get("tensors")
-    if not isinstance(tensors, list) or not all(isinstance(t, dict) and t.keys() >= _ENTRY for t in tensors):
-        raise CheckpointError(f"{path}: is not the report of a merge", "merge again, or name another folder")
+    problem = misfit(report)
+    if problem is not None:
+        raise CheckpointError(f"{path}: is not the report of a merge: {problem}", "merge again, or name another folder")
     return path.parent, report
 
 

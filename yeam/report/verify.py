@@ -148,7 +148,8 @@ def _shards(folder: Path, checkpoint: Checkpoint) -> Check:
         verb = "belongs" if len(stray) == 1 else "belong"
         problems.append(f"{listed(stray)} {verb} to no tensor of the model: remove what is left over")
     if (folder / _INDEX).is_file():
-        size = read_json(folder / _INDEX).get("metadata", {}).get("total_size")
+        metadata = read_json(folder / _INDEX).get("metadata")
+        size = metadata.get("total_size") if isinstance(metadata, dict) else None
         if size is not None and size != total:
             problems.append(f"{_INDEX} says total_size {size}, the shards hold {total} bytes")
     files = f"{len(used)} file{'s' * (len(used) != 1)}"

@@ -69,6 +69,8 @@ def check_template(text: str) -> None:
     try:
         # `generation` is a tag of transformers' own that only marks a span
         environment.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text))
+    except RecursionError:
+        raise ConfigError("chat_template is nested too deeply", "correct the template") from None
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"the chat template does not compile: line {error.lineno}: {error.message}", "correct the template"

@@ -124,7 +124,12 @@ def _merges(model: Mapping[str, Any], ids: Mapping[str, int], all_tokens: Sequen
     for tokens in all_tokens:
         assert tokens.spec is not None  # tokenizers of one kind all have one
         for merge in tokens.spec["model"].get("merges") or []:
-            left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+            pair = merge.split(" ", 1) if isinstance(merge, str) else merge
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+                raise CheckpointError(
+                    f"{tokens.folder / 'tokenizer.json'}: the merge {merge!r} is no pair of tokens", "download it again"
+                )
+            left, right = pair
             if left in ids and right in ids and left + right[prefix:] in ids:
                 found.setdefault((left, right))
     return [list(pair) for pair in found]
