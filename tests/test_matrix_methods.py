@@ -30,7 +30,13 @@ SIDES = st.integers(8, 30)
 
 
 def merge(
-    name: str, updates: Sequence[Tensor], base: Tensor, tile: int = 1 << 18, role: str = "q", **values: Any
+    name: str,
+    updates: Sequence[Tensor],
+    base: Tensor,
+    tile: int = 1 << 18,
+    role: str = "q",
+    transposed: bool = False,
+    **values: Any,
 ) -> Tensor:
     """The registered method on base + updates, with its defaults unless told otherwise, as the engine runs it."""
     method = method_named(name)
@@ -39,7 +45,8 @@ def merge(
         default = parameter.default * len(updates) if parameter.per_source else parameter.default
         full[parameter.keyword] = values.pop(parameter.name, default)
     assert not values
-    inputs = HeldInputs(torch.stack([base + update for update in updates]), base, tuple(base.shape), tile, role=role)
+    sources = torch.stack([base + update for update in updates])
+    inputs = HeldInputs(sources, base, tuple(base.shape), tile, role=role, transposed=transposed)
     with torch.inference_mode():
         return outcome(method, inputs, full).view(base.shape)
 
@@ -158,6 +165,15 @@ def test_float32_is_close_to_the_formula(name: str, values: dict[str, Any], shap
     want = WHOLE[name](updates, **values)
     got = merge(name, [update.float() for update in updates], base.float(), 50, **values) - base.float()
     assert float((got.double() - want).norm() / want.norm()) < 2e-4
+
+
+@pytest.mark.parametrize(("name", "values"), CASES, ids=str)
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)], ids=str)
+def test_matrices_stored_as_in_out(name: str, values: dict[str, Any], shape: tuple[int, int]) -> None:
+    updates, base = models(shape, 3)
+    want = merge(name, updates, base, **values)
+    got = merge(name, [update.T.contiguous() for update in updates], base.T.contiguous(), 50, transposed=True, **values)
+    torch.testing.assert_close(got.T, want, rtol=0, atol=2e-7)
 
 
 def test_float32_flattens_a_steep_spectrum() -> None:

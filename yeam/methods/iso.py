@@ -109,12 +109,16 @@ def _with_specific(matrix: Matrix, fraction: float) -> Tensor | None:
         return None
     if common:
         long_LC[:, :common], values_C[:common], short_nC[:, :common] = leading(x_MN, common)
-    left_MC = (long_LC if matrix.rows == long else short_nC)[:, :common]
+    rows_MC, columns_NC = (long_LC, short_nC) if matrix.rows == long else (short_nC, long_LC)
+    left_MC, left_NC = rows_MC[:, :common], columns_NC[:, :common]
     for k in range(K if each else 0):
         if not matrix.gather_one(k, x_MN):
             return None
         norm = float(torch.linalg.vector_norm(x_MN))
-        x_MN.addmm_(left_MC, left_MC.T @ x_MN, alpha=-1)
+        if inputs.transposed:  # the left space is that of the outputs
+            x_MN.addmm_(x_MN @ left_NC, left_NC.T, alpha=-1)
+        else:
+            x_MN.addmm_(left_MC, left_MC.T @ x_MN, alpha=-1)
         place = slice(common + k * each, common + (k + 1) * each)
         long_LC[:, place], values_C[place], short_nC[:, place] = leading(x_MN, each, floor=norm)
     rank = int((values_C > 0).sum())

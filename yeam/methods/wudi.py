@@ -5,7 +5,7 @@ Legend: K sources, M rows, N columns, R rows of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -57,7 +57,8 @@ def wudi(
     weight: of each source's update. lambda: strength, 1 as published. embeddings: `average` (the mean of the updates), `base` (as in
     the released language models), or `matrix` (in panels of at most 16,384 rows). Tensors that are no matrices
     move by the mean of the updates. Yields the output in tiles, float32 (float64 for float64 inputs). Memory grows with
-    the square of a matrix's columns, whatever the number of sources.
+    the square of a matrix's inputs, whatever the number of sources. N, the columns, are the inputs; of matrices stored as [in, out] the
+    rows are.
     """
     anchor = init_mode or ("mean" if filter_type == "ridge" else "sum")
     update = partial(_update, anchor=anchor, kind=filter_type, time=exp_time, share=truncate_rank_ratio, ridge=ridge)
@@ -69,6 +70,10 @@ def _update(matrix: Matrix, *, anchor: Anchor, kind: Filter, time: float, share:
     import torch
 
     inputs, K = matrix.inputs, matrix.inputs.K
+    if inputs.transposed:
+        return _transposed_update(
+            matrix, anchor, partial(_filtered_inverse, kind=kind, time=time, share=share, ridge=ridge)
+        )
     pull_MN = inputs.hold(matrix.rows, matrix.columns).zero_()
     total_NN = pull_MN.new_zeros(matrix.columns, matrix.columns)
     gram_NN = torch.empty_like(total_NN)
@@ -93,6 +98,36 @@ def _update(matrix: Matrix, *, anchor: Anchor, kind: Filter, time: float, share:
         inverse_NN = _filtered_inverse(total_NN, kind, time, share, ridge)
         for strip_RN in torch.split(pull_MN, max(1, STRIP // matrix.columns)):
             strip_RN.copy_(strip_RN @ inverse_NN)
+    return pull_MN if matrix.gather(pull_MN, factors, add=True) else None
+
+
+def _transposed_update(matrix: Matrix, anchor: Anchor, inverse: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """The same of a matrix stored as [in, out]: M inputs, whose Gram matrices need a source's matrix as a whole."""
+    import torch
+
+    inputs, K, weight = matrix.inputs, matrix.inputs.K, matrix.weight
+    size = matrix.rows * matrix.columns
+    pull_MN, x_MN = inputs.hold(2 * size).view(2, matrix.rows, matrix.columns)
+    total_MM = pull_MN.new_zeros(matrix.rows, matrix.rows)
+    pull_MN.zero_()
+    factors = [factor / (K if anchor == "mean" else 1) for factor in weight]
+    for k in range(K):
+        if not matrix.gather_one(k, x_MN):
+            return None
+        gram_MM = x_MN @ x_MN.T
+        square = float(gram_MM.diagonal().sum(dtype=torch.float64))
+        if square == 0:
+            continue
+        gram_MM /= square
+        total_MM += gram_MM
+        gap = [(weight[i] if i == k else 0.0) - factor for i, factor in enumerate(factors)]
+        if not matrix.gather(x_MN, gap):
+            return None
+        pull_MN.addmm_(gram_MM, x_MN)
+    if float(total_MM.diagonal().sum()) > 0:
+        inverse_MM = inverse(total_MM)
+        for strip_MC in pull_MN.split(max(1, STRIP // matrix.rows), dim=1):
+            strip_MC.copy_(inverse_MM @ strip_MC)
     return pull_MN if matrix.gather(pull_MN, factors, add=True) else None
 
 

@@ -117,7 +117,7 @@ def _first_of(
         layer=outlined.layer,
         depth=first.member.depth,
         transposed=outlined.meaning.transposed,
-        resident=resident_bytes(method, info.shape, len(sources), values, work),
+        resident=resident_bytes(method, info.shape, len(sources), values, work, outlined.meaning.transposed),
     )
     assert job.nbytes >= 0  # asked for once, and known of all that are made from it
     return _Alike(job, tuple(chosen))
@@ -134,9 +134,14 @@ def _settled(method: Method, count: int, values: Mapping[str, Any]) -> tuple[Seq
     }
 
 
-def resident_bytes(method: Method, shape: tuple[int, ...], count: int, values: Mapping[str, Any], work: str) -> int:
-    """Memory that a method keeps beyond its tiles; methods state it for float32."""
-    return method.resident(shape, count, values) * max(1, DTYPES[work].itemsize // 4)
+def resident_bytes(
+    method: Method, shape: tuple[int, ...], count: int, values: Mapping[str, Any], work: str, transposed: bool
+) -> int:
+    """Memory that a method keeps beyond its tiles; methods state it for float32, and for matrices stored as [out, in]."""
+    need = method.resident(shape, count, values)
+    if transposed:
+        need = max(need, method.resident((*shape[:-2], shape[-1], shape[-2]), count, values))
+    return need * max(1, DTYPES[work].itemsize // 4)
 
 
 def _copy(owner: Owner, outlined: Outlined) -> Job:

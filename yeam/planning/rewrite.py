@@ -105,7 +105,7 @@ def _completed(job: Job) -> Job:
     values = _values(method, job.parameters, len(job.sources))
     if method.check is not None:
         method.check(tuple(job.shape), values)
-    need = resident_bytes(method, job.shape, len(job.sources), values, job.work)
+    need = resident_bytes(method, job.shape, len(job.sources), values, job.work, job.transposed)
     return replace(job, parameters=values, resident=max(need, job.resident))
 
 
