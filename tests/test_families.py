@@ -223,3 +223,18 @@ def test_other_spellings() -> None:
     for name, meaning in saved("gemma3-vlm").anatomy.tensors.items():
         counterpart = [x for x in aliases_of(name, saved("gemma3-vlm").anatomy) if x in vlm.tensors]
         assert len(counterpart) == 1 and vlm.anatomy.tensors[counterpart[0]].site == meaning.site
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs_first"), [("gpt_oss", True), ("llama4_text", True), ("qwen3_moe", False), ("new", True)]
+)
+def test_packed_experts_are_as_they_are_stored(kind: str, inputs_first: bool) -> None:
+    """[experts, in, out] or [experts, out, in]: told by the hidden size, and where both sides have it not at all."""
+    block = "model.layers.0.feed_forward.experts" if kind == "llama4_text" else "model.layers.0.mlp.experts"
+    for width, known in ((56, inputs_first), (24, False)):
+        shapes = {"gate_up_proj": (3, 48, 2 * width), "down_proj": (3, width, 48)}
+        if not inputs_first:
+            shapes = {name: (n, out, into) for name, (n, into, out) in shapes.items()}
+        found = describe({"model_type": kind, "hidden_size": 48}, {f"{block}.{name}": s for name, s in shapes.items()})
+        assert found.tensors[f"{block}.gate_up_proj"].transposed == known
+        assert found.tensors[f"{block}.down_proj"].transposed == inputs_first

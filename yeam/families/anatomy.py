@@ -23,8 +23,8 @@ class Meaning:
     `role:` filter matches if its word is in `roles`. `site` is the finer place, with the scope of the block before it
     (`q`, `attn_post_norm`, `expert.gate`, `cross.k`). `layer` is set if and only if `place` is `layer`; such a tensor
     is renamed when layers are renumbered, any other keeps its name. `expert` is the index in a per-expert layout.
-    `view` is None for a tensor that is one part, stored [out, in]. `vocab_axis` is the axis with one entry per token,
-    if any.
+    `view` is None for a tensor that is one part, stored [out, in],
+    or [in, out] with `inputs_first`. `vocab_axis` is the axis with one entry per token, if any.
     """
 
     role: str
@@ -37,11 +37,12 @@ class Meaning:
     expert: int | None = None
     view: View | None = None
     vocab_axis: int | None = None
+    inputs_first: bool = False
 
     @property
     def transposed(self) -> bool:
-        """Whether it is stored [in, out]."""
-        return self.view is not None and self.view.transposed
+        """Whether it is stored [in, out], or as packed experts [experts, in, out]."""
+        return self.inputs_first or (self.view is not None and self.view.transposed)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,16 @@ class Reader:
         return Meaning(
             "bias" if is_bias else role_of(site), roles_of(site, is_bias), site, stack, layer, place,
             expert=int(expert.group(1)) if expert else None, view=view,
+            inputs_first=_stores_inputs_first(site, shape, self.config.get("hidden_size")),
         )  # fmt: skip
+
+
+def _stores_inputs_first(site: str, shape: Shape, hidden: object) -> bool:
+    """Whether packed experts are [experts, in, out] (gpt_oss, llama4), where that can be told: the other side is not the hidden size."""
+    if len(shape) != 3 or site not in ("expert.gate_up", "expert.gate", "expert.up", "expert.down"):
+        return False
+    first, last = shape[1] == hidden, shape[2] == hidden
+    return last and not first if site == "expert.down" else first and not last
 
 
 def _look_up(sites: Mapping[str, str], rest: str) -> tuple[str, bool] | None:
