@@ -31,6 +31,7 @@ from yeam.transfer import neurons
 from yeam.transfer.align import align_layer
 from yeam.transfer.aligned import AlignedCheckpoint, may_rotate
 from yeam.transfer.anchors import gather
+from yeam.transfer.body import Body
 from yeam.transfer.branches import ATTENTION, MLP
 from yeam.transfer.effective import Effective
 from yeam.transfer.gauge import regauged
@@ -138,6 +139,48 @@ def test_gains_that_hide_directions_are_found_again(tmp_path: Path) -> None:
     name = next(iter(norms))
     found = alike.read(name, 0, state[name].numel())
     assert float(found.abs().min()) == pytest.approx(0.05 * float(state[name].abs().median()))
+
+
+def silent(parts: dict[str, torch.Tensor], body: Body, what: str) -> None:
+    """Take from a layer's parts, in place, what its heads carry: all or some of it."""
+    wide = body.head_dim
+    if what == "a whole layer":
+        parts["o"].zero_(), parts["down"].zero_()
+    elif what == "keys":
+        parts["k"][:wide] = 0
+    elif what == "values":
+        parts["v"][:wide] = 0
+    elif what == "outputs":
+        parts["o"][:, : body.heads // body.kv_heads * wide] = 0
+    elif what == "values of rank 1":
+        parts["v"][:wide] = parts["v"][:1] * torch.linspace(-1, 2, wide, dtype=torch.float64)[:, None]
+    else:
+        parts["v"].view(body.kv_heads, wide, -1)[:, wide // 2 :] = 0
+        parts["o"].view(-1, body.heads, wide)[:, :, wide // 2 :] = 0
+
+
+@pytest.mark.parametrize("who", ["both", "host", "source"])
+@pytest.mark.parametrize(
+    "what", ["a whole layer", "keys", "values", "outputs", "values of rank 1", "half of the dimensions"]
+)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_heads_that_carry_nothing_or_little_are_aligned(kind: str, what: str, who: str, tmp_path: Path) -> None:
+    """The aligned model computes the same, with weights of ordinary size, and lies on a host that it equals."""
+    plain, other = make(kind, tmp_path / "plain"), make(kind, tmp_path / "other")
+    body = body_of(plain)
+    parts = body.layer(1, torch.float64)
+    silent(parts, body, what)
+    edited = rewritten(plain, body.joined(parts, body.slots[1]))
+    source = rewritten(other, scrambled(other)) if who == "host" else rewritten(edited, scrambled(edited))
+    host = plain if who == "source" else edited
+    aligned = AlignedCheckpoint(body_of(source), body_of(host))
+    found = {name: aligned.read(name, 0, info.numel).view(info.shape) for name, info in aligned.tensors.items()}
+    wanted = exact_logits(source)
+    assert difference(exact_logits(rewritten(source, found)), wanted) < 1e-9
+    assert max(float(x.abs().max()) for x in found.values()) < 100
+    if who == "both":
+        half = {name: (x + found[name]) / 2 for name, x in load_file(host / "model.safetensors").items()}
+        assert difference(exact_logits(rewritten(source, half)), wanted) < 1e-8
 
 
 def test_align_on_the_command_line(tmp_path: Path, yeam_process: Callable[..., Any]) -> None:

@@ -139,7 +139,7 @@ def resident_bytes(
 ) -> int:
     """Memory that a method keeps beyond its tiles; methods state it for float32, and for matrices stored as [out, in]."""
     need = method.resident(shape, count, values)
-    if transposed:
+    if transposed and len(shape) > 1:
         need = max(need, method.resident((*shape[:-2], shape[-1], shape[-2]), count, values))
     return need * max(1, DTYPES[work].itemsize // 4)
 

@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING
 
 from yeam.transfer.body import Body, Parts
 from yeam.transfer.effective import Effective, effective
+from yeam.transfer.factors import invertible_factor, plane_factors
 from yeam.transfer.gauge import LayerGauge, planes_of
-from yeam.transfer.heads import (
-    HeadMatch,
-    Planes,
-    circuit_scores,
-    inner_factors,
-    match_heads,
-    plane_factors,
-    refined_factor,
-)
+from yeam.transfer.heads import HeadMatch, Planes, circuit_scores, match_heads
 from yeam.transfer.neurons import NeuronMatch, match_neurons, neuron_scale
 
 if TYPE_CHECKING:
@@ -27,8 +20,6 @@ if TYPE_CHECKING:
 
     from yeam.transfer.anchors import Moments
     from yeam.transfer.residual import Rotation
-
-WORST_CONDITION = 1e7
 
 
 @dataclass
@@ -106,16 +97,6 @@ def _group_factors(
     if normed or not k_rest_s.shape[1]:
         rest_RR = torch.eye(k_rest_s.shape[1], dtype=torch.float64)
     else:
-        rest_RR = _factor(q_rest_s, k_rest_s[0], q_rest_h, k_rest_h[0])
-    values = _factor(ours.o_HED[old], ours.v_KED[old_group], theirs.o_HED[slots], theirs.v_KED[group])
+        rest_RR = invertible_factor(q_rest_s, k_rest_s[0], q_rest_h, k_rest_h[0])
+    values = invertible_factor(ours.o_HED[old], ours.v_KED[old_group], theirs.o_HED[slots], theirs.v_KED[group])
     return z_P, rest_RR, values
-
-
-def _factor(outer_s: Tensor, inner_s: Tensor, outer_h: Tensor, inner_h: Tensor) -> Tensor:
-    """What brings the inner one of two factors to the host's, none where a part that carries nothing leaves it undetermined."""
-    import torch
-
-    factor = inner_factors(outer_s, inner_s, outer_h, inner_h)[0]
-    if float(torch.linalg.cond(factor)) > WORST_CONDITION:
-        return torch.eye(len(factor), dtype=factor.dtype)
-    return refined_factor(factor, outer_s, inner_s, outer_h, inner_h)

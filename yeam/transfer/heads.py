@@ -1,10 +1,9 @@
-"""Which head of one model is which of another's, and the change of coordinates between them, from what no gauge changes.
+"""Which head of one model is which of another's, from what no gauge changes.
 
 A head is known by its circuits: O V, what it moves from the stream to the stream, and Q K plane by plane, how it chooses where
 from. Both are the same in every legal gauge. Groups are matched as wholes, heads inside of them (two assignments).
 
-Legend: H, h query heads, K, g key/value groups, r = H / K (A and B: of source and host), E head dimensions, P rotary planes,
-R dimensions that are not rotated, D width.
+Legend: H, h query heads, K, g key/value groups, r = H / K (A and B: of source and host), E head dimensions, P rotary planes, D width.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from yeam.transfer.gauge import planes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-LEAST_SINGULAR = 1e-6  # of a circuit's largest: below, directions carry nothing that could be matched
 
 LEAST_NORM = 1e-15  # of what is silent; the product of two of them is still a number in float32
 
@@ -161,85 +158,3 @@ def _self_qk(a: Effective, body: Body, planes_P: Tensor) -> Tensor:
 
 def _norms(square_A: Tensor, square_B: Tensor) -> Tensor:
     return square_A.sqrt().clamp(min=LEAST_NORM)[:, None] * square_B.sqrt().clamp(min=LEAST_NORM)[None]
-
-
-def plane_factors(q_s: Tensor, k_s: Tensor, q_h: Tensor, k_h: Tensor, signs_only: bool) -> Tensor:
-    """z with z q_s ≈ q_h and k_s / conj(z) ≈ k_h, complex [P]; ±1 with `signs_only`.
-
-    q_s, q_h: complex [r, P, D], matched heads of a group; k_s, k_h: [P, D]. The modulus comes from the norms alone, so that a weak
-    match cannot blow it up; the phase from the products. In float64.
-    """
-    import torch
-
-    q_s, k_s, q_h, k_h = (x.to(torch.complex128) for x in (q_s, k_s, q_h, k_h))
-
-    def norm(x: Tensor, *over: int) -> Tensor:
-        return x.abs().square().sum(over).sqrt().clamp(min=LEAST_NORM)
-
-    query_P = (q_s.conj() * q_h).sum((0, 2)) / (norm(q_s, 0, 2) * norm(q_h, 0, 2))
-    key_P = (k_s * k_h.conj()).sum(1).conj() / (norm(k_s, 1) * norm(k_h, 1))
-    phase_P = query_P + key_P
-    if signs_only:
-        return torch.where(phase_P.real < 0, -1.0, 1.0).to(phase_P.dtype)
-    modulus_P = (norm(q_h, 0, 2) / norm(q_s, 0, 2) * norm(k_s, 1) / norm(k_h, 1)).sqrt()
-    unit_P = torch.where(phase_P.abs() > 1e-12, phase_P / phase_P.abs().clamp(min=1e-30), torch.ones_like(phase_P))
-    return unit_P * modulus_P
-
-
-def inner_factors(outer_s: Tensor, inner_s: Tensor, outer_h: Tensor, inner_h: Tensor) -> tuple[Tensor, Tensor]:
-    """A [E, e] with A · inner_s ≈ inner_h, and its counterpart C [e, E] with outer_s · C ≈ outer_h, for products that are alike.
-
-    outer: per head [r, e, N] (rows of e go out), inner: [e, D]; the host's with E. For e = E, C is A^(−1). Both products are brought
-    to their balanced form (U √S, √S Wᵀ), where what is left between the two is a rotation (orthogonal Procrustes); a plain
-    least-squares A would blow up on a weak match. In float64, as the result.
-    """
-    import torch
-
-    stacked = [x.transpose(1, 2).flatten(0, 1).double() for x in (outer_s, outer_h)]
-    left_s, right_s, back_s, forth_s = _balanced(stacked[0], inner_s.double())
-    left_h, right_h, back_h, forth_h = _balanced(stacked[1], inner_h.double())
-    u, _, v = torch.linalg.svd(right_h @ right_s.T + left_h.T @ left_s, full_matrices=False)
-    turn = u @ v
-    return back_h @ turn @ forth_s, back_s @ turn.T @ forth_h
-
-
-def refined_factor(factor_EE: Tensor, outer_s: Tensor, inner_s: Tensor, outer_h: Tensor, inner_h: Tensor) -> Tensor:
-    """A of `inner_factors` for e = E, after a Gauss-Newton step of least squares on both sides at once, where that brings them closer.
-
-    With A → (1 + X) A, what is left of A · inner_s ≈ inner_h and outer_s · A⁻¹ ≈ outer_h, each relative to the host's, is least for
-    X P + Q X = R, a Sylvester equation in the host's coordinates: rounding in a badly conditioned source counts once, in the balanced
-    form of its product twice.
-    """
-    import torch
-
-    stacked = [x.transpose(1, 2).flatten(0, 1).double() for x in (outer_s, outer_h)]
-    rows = [inner_s.double(), inner_h.double()]
-    weight = [1 / max(float(x.square().sum()), 1e-300) for x in (rows[1], stacked[1])]
-
-    def left(factor: Tensor) -> tuple[Tensor, Tensor, float]:
-        inner, outer = factor @ rows[0], stacked[0] @ torch.linalg.inv(factor)
-        squares = [float((a - b).square().sum()) for a, b in ((inner, rows[1]), (outer, stacked[1]))]
-        return inner, outer, weight[0] * squares[0] + weight[1] * squares[1]
-
-    inner, outer, error = left(factor_EE)
-    p, u = torch.linalg.eigh(weight[0] * inner @ inner.T)
-    q, v = torch.linalg.eigh(weight[1] * outer.T @ outer)
-    wanted = weight[0] * (rows[1] - inner) @ inner.T + weight[1] * outer.T @ (outer - stacked[1])
-    curvature = q[:, None] + p[None]
-    step = (v.T @ wanted @ u / curvature).where(curvature > LEAST_SINGULAR**2 * curvature.max(), 0.0)
-    closer = factor_EE + v @ step @ u.T @ factor_EE
-    return closer if left(closer)[2] < error else factor_EE
-
-
-def _balanced(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(U √S, √S Wᵀ, T, T⁻¹) with outer · inner = U S Wᵀ and inner = T √S Wᵀ; directions that carry nothing are left out of both."""
-    import torch
-
-    q_out, r_out = torch.linalg.qr(outer)
-    q_in, r_in = torch.linalg.qr(inner.T)
-    u, s, v = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
-    carries = s > LEAST_SINGULAR * s.max().clamp(min=1e-30)
-    root = s.sqrt().where(carries, 0.0)
-    inverse = (1 / s.clamp(min=1e-300).sqrt()).where(carries, 0.0)
-    back = r_in.T @ v.T * inverse
-    return (q_out @ u) * root, (root[:, None] * v) @ q_in.T, back, torch.linalg.pinv(back)

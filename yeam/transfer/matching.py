@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from yeam.transfer.body import Body
 from yeam.transfer.carry import LayerMap, softmax_scale
 from yeam.transfer.effective import Effective
+from yeam.transfer.factors import inner_factors, plane_factors
 from yeam.transfer.gauge import planes_of
-from yeam.transfer.heads import HeadMatch, Planes, circuit_scores, inner_factors, match_heads, plane_factors
+from yeam.transfer.heads import HeadMatch, Planes, circuit_scores, match_heads
 from yeam.transfer.neurons import NeuronMatch, match_neurons, neuron_scale
 from yeam.transfer.rotary import matching_planes
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from yeam.transfer.effective import Effective
+from yeam.transfer.factors import mean_ratio
 from yeam.transfer.heads import LEAST_NORM
 
 if TYPE_CHECKING:
@@ -131,6 +132,6 @@ def neuron_scale(source: Effective, host: Effective, neurons_B: Tensor) -> Tenso
         return length
 
     ups, downs = [norm(x) for x in (up, host.up_ID)], [norm(x) for x in (down, host.down_ID)]
-    modulus = (ups[1] / ups[0] * downs[0] / downs[1]).sqrt()
+    modulus = mean_ratio((ups[1], ups[0]), (downs[0], downs[1]))
     products = (up * host.up_ID).sum(1) / (ups[0] * ups[1]) + (down * host.down_ID).sum(1) / (downs[0] * downs[1])
     return torch.where(products < 0, -modulus, modulus)
