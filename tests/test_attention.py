@@ -294,6 +294,28 @@ def test_one_source_and_mean(tmp_path: Path) -> None:
             torch.testing.assert_close(same[name], y[name], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("what", ["outputs", "a key"])
+def test_parts_that_are_silent_in_the_base(tmp_path: Path, what: str) -> None:
+    """Where the base has no length to balance another by, in float32, the rest of the circuit moves about as far as its sources."""
+    folders = save_family(tmp_path, "llama")
+    base, *sources = (load_file(folder / "model.safetensors") for folder in folders)
+    for name, x in base.items():
+        silent = torch.zeros_like(x)
+        if what == "outputs" and "o_proj.weight" in name:
+            silent = x
+        elif what == "a key" and "k_proj" in name:
+            silent[:16] = x[:16]
+        for tensors in (*sources, base):
+            tensors[name] = tensors[name] - silent
+    for folder, tensors in zip(folders, (base, *sources)):
+        save_file({name: x.float() for name, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    yeam.merge(recipe(*folders), tmp_path / "out")
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    for name in (name for name in base if "self_attn" in name):
+        lengths = [float((x[name] - base[name]).norm()) for x in sources]
+        assert 0.3 < 2 * float((out[name] - base[name]).norm()) / sum(lengths) < 3.5, name
+
+
 @pytest.mark.parametrize("label", ["llama", "norms", "norms of each head"])
 def test_opposites_and_order(tmp_path: Path, label: str) -> None:
     base, a, b = save_family(tmp_path, label)

@@ -89,19 +89,20 @@ def gauge_of(outer_GHdd: Tensor, inner_Gdd: Tensor, *, rotary: int, interleaved:
 
     rotary: how many of the first dimensions of a head turn with the position (0: any A is allowed); interleaved: whether planes
     are (2i, 2i + 1) and not (i, i + rotary/2). In the gauge, planes are consecutive pairs and come first. Eigenvalues below
-    `floor` of the largest count as that much, so that A can be inverted.
+    `floor` of the largest count as that much, so that A can be inverted; a part that is zero leaves the other as long as it is.
     """
     groups, dims = inner_Gdd.shape[:2]
     plain = plain_gauge(groups, dims, rotary=rotary, interleaved=interleaved, device=inner_Gdd.device)
     outer, inner = plain.outer_gram(outer_GHdd).mean(dim=1), plain.inner_gram(inner_Gdd)
     a_Gdd, inverse_Gdd = torch.zeros_like(inner), torch.zeros_like(inner)
     if rotary:
-        planes = _planes(_blocks(outer, rotary), _blocks(inner, rotary))
+        planes = _planes(*_filled(_blocks(outer, rotary), _blocks(inner, rotary)))
         for whole_Gdd, block_Gp22 in zip((a_Gdd, inverse_Gdd), planes):
             _blocks(whole_Gdd, rotary)[:] = block_Gp22
     if rotary < dims:
         rest = slice(rotary, None)
-        a_Gdd[:, rest, rest], inverse_Gdd[:, rest, rest] = _balanced(outer[:, rest, rest], inner[:, rest, rest], floor)
+        filled = _filled(outer[:, rest, rest], inner[:, rest, rest])
+        a_Gdd[:, rest, rest], inverse_Gdd[:, rest, rest] = _balanced(*filled, floor)
     found = Gauge(a_Gdd @ plain.a_Gdd, plain.inverse_Gdd @ inverse_Gdd)
     square_GH = found.outer_gram(outer_GHdd).diagonal(dim1=-2, dim2=-1).sum(-1)
     return Gauge(found.a_Gdd, found.inverse_Gdd, square_GH.argsort(dim=1, descending=True))
@@ -142,10 +143,17 @@ def _blocks(x_Gdd: Tensor, rotary: int) -> Tensor:
     return paired.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
 
+def _filled(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """Gram matrices [..., d, d] of a circuit; for one that is zero, which no scale could balance, the identity at the other's mean."""
+    eye = torch.eye(outer.shape[-1], dtype=outer.dtype, device=outer.device)
+    means = [gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] for gram in (outer, inner)]
+    mean_outer, mean_inner = (mean.where(mean > 0, other.where(other > 0, 1.0)) for mean, other in (means, means[::-1]))
+    return outer.where(means[0] > 0, mean_outer * eye), inner.where(means[1] > 0, mean_inner * eye)
+
+
 def _planes(outer_Gp22: Tensor, inner_Gp22: Tensor) -> tuple[Tensor, Tensor]:
     """A = R/s and its inverse from the Gram matrices of the planes: s balances the lengths, R turns to the principal axes."""
-    tiny = torch.finfo(torch.float64).tiny
-    outer_Gp, inner_Gp = (gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=tiny) for gram in (outer_Gp22, inner_Gp22))
+    outer_Gp, inner_Gp = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (outer_Gp22, inner_Gp22))
     scale = (inner_Gp / outer_Gp).pow(0.25).clamp(1e-6, 1e6)[..., None, None]
     turn_Gp22 = torch.linalg.eigh(outer_Gp22 * scale**2 + inner_Gp22 / scale**2)[1].mT
     return turn_Gp22 / scale, turn_Gp22.mT * scale
