@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 
 import yeam
 from yeam.checkpoint.safetensors import SafetensorsCheckpoint
+from yeam.engine.run import Progress
+from yeam.engine.shards import Shards
 
 
 def edit_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -102,12 +105,10 @@ def test_shard_cut_off_after_planning(llama, recipe, tmp_path, monkeypatch):
     """What the header promised when it was read may be gone when the weights are."""
     a, b = llama("a"), llama("b", shards=2)
     shard = b / "model-00002-of-00002.safetensors"
-    from yeam.engine.shards import Shards
-
     create = Shards.create
 
-    def cut(self: Shards) -> None:
-        create(self)
+    def cut(self: Shards, **options: int) -> None:
+        create(self, **options)
         truncate_to = shard.stat().st_size - 4
         os.truncate(shard, truncate_to)
 
@@ -116,6 +117,59 @@ def test_shard_cut_off_after_planning(llama, recipe, tmp_path, monkeypatch):
         yeam.merge(recipe(a, b), tmp_path / "out")
     assert caught.value.remedy
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "adapter", "bin", "stage"])
+@pytest.mark.parametrize("moment", ["planned", "merged"])
+def test_input_replaced(moment, kind, llama, recipe, tmp_path, monkeypatch):
+    """Other weights with the same header take an input's place, after planning or when the last tensor has been merged."""
+    a, b, other = llama("a"), llama("b"), llama("other")
+    weights, spare, models = b / WEIGHTS, other / WEIGHTS, [a, b]
+    if kind == "bin":
+        for file in (weights, spare):
+            torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+            file.unlink()
+        weights, spare = (folder / "pytorch_model.bin" for folder in (b, other))
+    elif kind == "adapter":
+        for number, folder in enumerate((b, other)):
+            factors = {f"base_model.model.{Q.removesuffix('weight')}lora_{x}.weight": torch.full(
+                (2, 16) if x == "A" else (16, 2), 1.0 + number) for x in "AB"}  # fmt: skip
+            save_model(folder, factors)
+            (folder / WEIGHTS).rename(folder / "adapter_model.safetensors")
+            settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+            (folder / "adapter_config.json").write_text(json.dumps(settings))
+        weights, spare = (folder / "adapter_model.safetensors" for folder in (b, other))
+        models = [a, f"{a}+{b}"]
+    path = recipe(*models)
+    if kind == "stage":
+        soup = {"name": "soup", **json.loads(path.read_text())}
+        path.write_text("\n---\n".join(map(json.dumps, [soup, {**soup, "name": "out", "models": [{"model": "soup"}]}])))
+    assert weights.stat().st_size == spare.stat().st_size
+
+    def replace() -> None:
+        if moment == "planned":  # not even the time tells
+            os.utime(spare, ns=(1, weights.stat().st_mtime_ns))
+        if spare.exists():
+            os.replace(spare, weights)
+
+    def listener(event: Progress) -> None:
+        if moment == "merged" and event.tensors == event.total_tensors:
+            replace()
+
+    create = Shards.create
+
+    def planned(self: Shards, **options: int) -> None:
+        create(self, **options)
+        if moment == "planned":
+            replace()
+
+    with monkeypatch.context() as patch, pytest.raises(yeam.CheckpointError) as caught:
+        patch.setattr(Shards, "create", planned)
+        yeam.merge(path, tmp_path / "out", progress=listener)
+    assert str(b) in caught.value.message and caught.value.remedy
+    assert re.search("was replaced or written to|were changed while it was merged", caught.value.message)
+    assert not (tmp_path / "out").exists()
+    assert yeam.merge(path, tmp_path / "out", resume=False).resumed == 0
 
 
 @pytest.mark.parametrize("method", ["linear", "yeam"])
@@ -174,16 +228,12 @@ def test_not_finite(method, value, llama, recipe, refused, tmp_path):
 
 
 def test_nothing_is_left_of_what_finished_nothing(llama, recipe, refused, tmp_path):
-    """A merge that fails in every tensor leaves no folder to be tidied up; another one that waits there stays as it is."""
+    """A merge that fails in every tensor leaves no folder to be tidied up."""
     a, b = llama("a"), llama("b")
     llama("b", change={name: tensor * float("nan") for name, tensor in load_file(b / WEIGHTS).items()})
     words = ["merge", recipe(a, b), tmp_path / "out"]
     refused(words, str(b), "--allow-nan", inputs=[a, b])
     assert not list(tmp_path.glob("out*"))
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
-    refused(words, str(b), "--allow-nan", inputs=[a, b])
-    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["notes.txt"]
 
 
 def test_not_finite_in_the_base(llama, recipe, refused, tmp_path):

@@ -58,6 +58,8 @@ def test_index(sharded: Path, tmp_path: Path) -> None:
         ({"a": "../sharded/" + ONE, "b": TWO}, "'../sharded/.*not a plain file name"),
         ({"a": "/etc/passwd", "b": TWO}, "'/etc/passwd'"),
         ({"a": "..", "b": TWO}, r"'\.\.'"),
+        ({"a": "x" * 300 + ".safetensors"}, "'xxx.*not a plain file name"),
+        ({"a": "x\n.safetensors"}, "not a plain file name"),
         ({"a": ONE, "b": ONE}, "places 'b' in model-00001-of-00002.safetensors, which does not hold it"),
         ({"a": 1}, "has no `weight_map`"),
     ],
@@ -113,7 +115,7 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     (model / "x-00001-of-00003.safetensors").rename(model / "model.safetensors")
     (model / "config.json").write_text("{bad")
     assert f"{model}/config.json: is not valid JSON" in error(model)
-    (model / "config.json").write_text('{"x": "\\\\ud800"}'.replace("\\\\", "\\"))
+    (model / "config.json").write_text(r'{"x": "\ud800"}')
     assert f"{model}/config.json: is not valid JSON" in error(model)
     (model / "config.json").unlink()
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):

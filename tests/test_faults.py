@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -15,9 +17,10 @@ import pytest
 import torch
 from conftest import WEIGHTS, Q, same_output, save_model, snapshot
 from safetensors.torch import load_file
-from unfinished import entries, interrupted
+from unfinished import Stop, entries, interrupted, killer
 
 import yeam
+from yeam.engine.journal import Journal, begins
 from yeam.engine.output import Output
 
 SLOW = '''
@@ -120,6 +123,22 @@ def test_torn_journal(torn, pair, tmp_path):
     assert resumed == 21
     assert yeam.merge(pair, out).resumed == 21
     same_output(out, tmp_path / "whole" / "out")
+
+
+def test_a_journal_begins_with_a_plan_at_every_moment(tmp_path, monkeypatch):
+    """Also of a run that is killed while it begins another plan's journal anew."""
+    path = tmp_path / "journal.jsonl"
+    for count in itertools.count():
+        path.write_text('{"plan": "old"}\n{"tile": 4}\n')
+        journal, calls = Journal(path), iter(range(count))
+        with monkeypatch.context() as patch, contextlib.suppress(Stop):
+            for name in ("write", "ftruncate"):
+                patch.setattr(os, name, killer(calls, getattr(os, name)))
+            journal.restart("new and longer")
+            break
+        assert begins(path.read_bytes()), count
+    journal.append({"tensor": "x"})
+    assert path.read_text() == '{"plan": "new and longer"}\n{"tensor": "x"}\n'
 
 
 def test_damaged_while_it_waited(pair, tmp_path):

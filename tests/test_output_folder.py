@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ import torch
 from conftest import WEIGHTS, Q, same_output, save_model
 from disks import mount, unmount
 from safetensors.torch import load_file
-from unfinished import Stop
+from unfinished import Stop, interrupted, killer
 
 import yeam
 from yeam.engine import output as output_module
+from yeam.engine.output import Output
+from yeam.engine.partial import check_ours, remove
 
 
 def test_out_exists(pair, refused, tmp_path):
@@ -87,12 +91,46 @@ def test_out_is_an_adapter(llama, recipe, refused, tmp_path):
     assert torch.allclose(merged, plain + 2, atol=1e-6)
 
 
-def test_foreign_partial_folder(pair, refused, tmp_path):
+PLAN = b'{"plan": "0123456789abcdef0123456789abcdef"}\n'
+
+
+@pytest.mark.parametrize("options", [[], ["--no-resume"]])
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ({"notes.txt": b"mine"}, "it holds notes.txt"),
+        ({"model/thesis.txt": b"mine"}, "it holds model"),
+        ({"guard/thesis.txt": b"mine", "lock": b""}, "it holds guard"),
+        ({"stages/raw/thesis.txt": b"mine", "journal.jsonl": b""}, "it holds stages"),
+        ({"replaced/thesis.txt": b"mine"}, "it holds replaced"),
+        ({"journal-notes.jsonl": b"mine"}, "it holds journal-notes.jsonl"),
+        ({"journal.jsonl": b'{"my": "own log"}\n'}, "journal.jsonl is not a merge's"),
+        ({"journal.jsonl": b'{"plan": "tomorrow", "do": "sleep"}\n'}, "journal.jsonl is not a merge's"),
+        ({"journal.jsonl": b"["}, "journal.jsonl is not a merge's"),
+        ({"lock": b"precious"}, "lock is not a merge's"),
+        ({"lock": "a/config.json"}, "lock is a link"),
+        ({"journal.jsonl": "a/config.json"}, "journal.jsonl is a link"),
+        ({"journal.jsonl": PLAN, "journal-1.jsonl": "a/config.json"}, "journal-1.jsonl is a link"),
+        ({"journal.jsonl": PLAN, "model": "a"}, "model is a link"),
+        ({"journal.jsonl": PLAN, "stages": b"mine"}, "stages is not a merge's"),
+    ],
+)
+def test_foreign_partial_folder(content, why, options, pair, refused, tmp_path):
+    """What only bears the name of an unfinished merge is left as it is. Text stands for a link to that place."""
+    partial = tmp_path / "out.partial"
+    for name, what in content.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(what, str):
+            (partial / name).symlink_to(tmp_path / what)
+        else:
+            (partial / name).write_bytes(what)
+    names = sorted(partial.rglob("*"))
+    refused(["merge", pair, tmp_path / "out", *options], str(partial), why, inputs=[partial, tmp_path / "a"])
+    assert sorted(partial.rglob("*")) == names
+
+
+def test_partial_folder_that_is_none(pair, refused, tmp_path):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    (partial / "model").mkdir(parents=True)
-    (partial / "model" / "thesis.txt").write_text("years of work")
-    refused(["merge", pair, out], str(partial), "no journal", inputs=[partial / "model"])
-    shutil.rmtree(partial)
     partial.symlink_to(tmp_path / "a")
     refused(["merge", pair, out, "--no-resume"], str(partial), "would replace the input", inputs=[tmp_path / "a"])
     partial.unlink()
@@ -103,11 +141,81 @@ def test_foreign_partial_folder(pair, refused, tmp_path):
     partial.unlink()
     partial.write_text("a file")
     refused(["merge", pair, out], str(partial), "cannot be created", inputs=[tmp_path / "a"])
-    partial.unlink()
-    partial.mkdir()
-    (partial / "notes.txt").write_text("mine")  # neither in the way nor ours
-    yeam.merge(pair, out)
-    assert (partial / "notes.txt").read_text() == "mine" and len(list(partial.iterdir())) == 1
+
+
+def test_what_is_not_ours_stays_beside_a_merge(pair, tmp_path):
+    interrupted(pair, tmp_path / "out")
+    partial = tmp_path / "out.partial"
+    theirs = [partial / name for name in ("notes.txt", "journal-notes.jsonl", "stages/raw/thesis.txt")]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    assert yeam.merge(pair, tmp_path / "out").resumed > 0
+    assert sorted(path for path in partial.rglob("*") if path.is_file()) == sorted(theirs)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"lock": b""},
+        {"lock": b"0123456789abcdef" * 2, "journal.jsonl": b""},
+        {"lock": b"", "journal.jsonl": b'{"pla'},
+        {"lock": b"", "journal.jsonl": PLAN[:-3]},
+        {"lock": b"\0" * 32, "journal.jsonl": b"\0" * 46},
+        {"lock": b"", "journal.jsonl": PLAN, "journal-1.jsonl": b"", "guard/0.5/model.partial/lock": b""},
+        {"lock": b"", "journal.jsonl": PLAN, "stages/0123456789abcdef0123456789abcdef.partial/lock": b""},
+    ],
+)
+def test_what_has_hardly_begun_is_taken_over(content, pair, tmp_path):
+    """A merge that was killed, or lost its power, before anything was finished."""
+    (tmp_path / "out.partial").mkdir()
+    for name, what in content.items():
+        (tmp_path / "out.partial" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out.partial" / name).write_bytes(what)
+    yeam.merge(pair, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_removal_may_end_anywhere(tmp_path, monkeypatch):
+    """What is left of a folder, and of a stage in it, is YeAM's at every moment."""
+    folder = tmp_path / "out.partial"
+    stage = folder / "stages" / ("0" * 32 + ".partial")
+    for count in itertools.count():
+        for place in (stage, folder):
+            for name in ("model/x", "guard/0.5/x", "replaced/x", "lock"):
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                (place / name).touch()
+            for name in ("journal.jsonl", "journal-1.jsonl"):
+                (place / name).write_bytes(PLAN)
+        calls = iter(range(count))
+        with monkeypatch.context() as patch, contextlib.suppress(Stop):
+            for name in ("unlink", "rmdir"):
+                patch.setattr(os, name, killer(calls, getattr(os, name)))
+            remove(folder)
+            break
+        for place in (folder, stage):
+            if place.exists():
+                check_ours(place)
+    assert count > 3 and not folder.exists()
+
+
+def test_lock_that_was_removed_keeps_nobody_out(pair, tmp_path, monkeypatch):
+    """One process ends, and a third begins, between the second's opening of the lock and its taking it."""
+    plan, out = yeam.plan(pair), tmp_path / "out"
+    first, flock, third = Output(plan, out), fcntl.flock, []
+
+    def late(fd: int, how: int) -> None:
+        monkeypatch.undo()
+        first.abandon()
+        third.append(Output(plan, out))
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(yeam.OutputError, match="another yeam process is writing"):
+        Output(plan, out)
+    third[0].abandon()
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_unwritable(pair, refused, tmp_path):
@@ -163,9 +271,9 @@ def test_killed_while_replacing(moment, pair, recipe, llama, refused, tmp_path, 
         save_model(out, old, {"model_type": "llama"})
         with monkeypatch.context() as patch:
             if moment == "after":
-                patch.setattr(output_module, "_sync_folder", killer(1, output_module._sync_folder))
+                patch.setattr(output_module, "_sync_folder", killer(iter(range(1)), output_module._sync_folder))
             else:
-                patch.setattr(Path, "rename", killer({"before": 0, "between": 1}[moment], Path.rename))
+                patch.setattr(Path, "rename", killer(iter(range(moment == "between")), Path.rename))
             with pytest.raises(Stop):
                 yeam.merge(pair, out, overwrite=True)
 
@@ -186,16 +294,3 @@ def test_killed_while_replacing(moment, pair, recipe, llama, refused, tmp_path, 
     die()  # nor does one that is not allowed to
     refused(["merge", pair, out], f"{out} exists")
     assert out.is_dir()
-
-
-def killer(count: int, real: Callable[..., object] | None = None) -> Callable[..., object]:
-    """A function that does what `real` does `count` times and then ends the process."""
-    calls = iter(range(count))
-
-    def function(*arguments: object) -> object:
-        if next(calls, None) is None:
-            raise Stop
-        assert real is not None
-        return real(*arguments)
-
-    return function

@@ -26,6 +26,7 @@ from yeam.cli.app import app
 from yeam.engine import ranks
 from yeam.engine.ranks_store import place_here
 from yeam.engine.together import cost, shares
+from yeam.planning.stages import Pipeline
 
 KIND = {"hidden": 32, "layers": 6}
 
@@ -193,6 +194,22 @@ def test_an_error_in_one_rank_is_told_once(llama, recipe, finish, tmp_path):
         assert not (tmp_path / name).exists()
 
 
+def change_inputs() -> None:
+    """To rank 1 the inputs, which it may have on a disk of its own, have changed when everything is merged."""
+    if os.environ["RANK"] == "1":
+
+        def changed(self: Pipeline) -> None:
+            raise yeam.CheckpointError("a: its files were changed", "merge again")
+
+        Pipeline.check_inputs = changed  # type: ignore[method-assign]
+
+
+def test_nothing_is_published_if_a_rank_has_read_something_else(llama, recipe, finish, tmp_path):
+    words = ["merge", recipe(llama("a"), llama("b")), tmp_path / "out"]
+    said = finish(start(words, 2, tmp_path, prepare=change_inputs), 2, 2)
+    assert "its files were changed" in said[0] and said[1] == "" and not (tmp_path / "out").exists()
+
+
 def use_hub(server: HubServer, cache: Path) -> None:
     """This process takes models from the server, into a cache that it shares with others."""
     point_at(server, pytest.MonkeyPatch(), cache)
@@ -250,7 +267,13 @@ def test_places(monkeypatch, tmp_path):
     )
     mpi = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "head", "MASTER_PORT": "1"}
     assert place_here(mpi) is not None
-    for change, text in ({"RANK": ""}, "RANK"), ({"RANK": "4"}, "RANK is 4"), ({"MASTER_PORT": "x"}, "'x'"):
+    for change, text in (
+        ({"RANK": ""}, "RANK"),
+        ({"RANK": "4"}, "RANK is 4"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is -1"),
+        ({"MASTER_PORT": "x"}, "'x'"),
+        ({"MASTER_PORT": "99999999"}, "MASTER_PORT is 99999999"),
+    ):
         with pytest.raises(yeam.UserError, match=text):
             place_here({**full, **change})
     for name, value in {**full, "RANK": "0"}.items():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from recipe_texts import HEAD, TIES
 
+from yeam.api import output_folder
 from yeam.errors import ConfigError
 from yeam.recipe import load_recipe, parse_recipe
 
@@ -193,6 +194,17 @@ def test_alias_bomb_is_refused_before_it_expands() -> None:
     assert problems(f"a0: &a0 x\n{levels}") == [
         "r.yaml: 1.23e+11 values once its aliases are expanded, more than 1,000,000"
     ]
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "..", "a/b", r'"x\ty"', "ä" * 128])
+def test_a_name_is_no_path(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"r.yaml:4: name must be a plain name on one line") as caught:
+        parse_recipe(HEAD + f"name: {name}", "r.yaml")
+    assert caught.value.remedy == "put a path into `output:`"
+
+
+def test_a_name_is_that_of_a_folder_here() -> None:
+    assert output_folder(parse_recipe(HEAD + 'name: "~"', "r.yaml"), None) == Path.cwd() / "~"
 
 
 @pytest.mark.parametrize(

@@ -164,8 +164,13 @@ def test_file_changes_under_the_reader(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1000)}, path)
     checkpoint, stamp = open_checkpoint(str(tmp_path)), open_checkpoint(str(tmp_path)).fingerprint()
     assert checkpoint.fingerprint() == stamp
+    assert checkpoint.read("w", 0, 1000).sum() == 1000
     os.utime(path, ns=(1, 1))
     assert checkpoint.fingerprint() != stamp
+    checkpoint.close()
+    with pytest.raises(CheckpointError, match=r"model.safetensors: was replaced or written to"):
+        checkpoint.read("w", 0, 1000)
+    checkpoint = open_checkpoint(str(tmp_path))
     assert checkpoint.read("w", 0, 1000).sum() == 1000
     os.truncate(path, 2000)
     assert checkpoint.read("w", 0, 100).sum() == 100

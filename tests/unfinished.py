@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,17 @@ import yeam
 
 class Stop(BaseException):
     """Ends a merge where a test wants it to end, as a kill would: nothing handles it."""
+
+
+def killer(calls: Iterator[int], real: Callable[..., object]) -> Callable[..., object]:
+    """A function that does what `real` does while `calls` lasts, which others may share, and then ends the process."""
+
+    def function(*arguments: object, **options: object) -> object:
+        if next(calls, None) is None:
+            raise Stop
+        return real(*arguments, **options)
+
+    return function
 
 
 def stop_after(count: int) -> Callable[[object], None]:

@@ -194,7 +194,8 @@ def _carry_out(pipeline: Pipeline, loaded: LoadedRecipe, settings: _Settings, ra
         for bring in checkpoints[plan.donor].pending.values():  # now rather than when all else is done
             bring()
     options = {"resume": settings.resume, "overwrite": settings.overwrite, "durable": settings.durable}
-    with opened(plan, target, ranks, **options) as output:
+    written = [stage.plan for stage in pipeline.written]
+    with opened(plan, target, ranks, stages=written, **options) as output:
         resumed = len(output.finished)
         made, listener = make_stages(pipeline, output, ranks, device=chosen, memory=budget, listener=settings.progress)
         seconds = made.seconds + run_together(
@@ -209,6 +210,9 @@ def _carry_out(pipeline: Pipeline, loaded: LoadedRecipe, settings: _Settings, ra
             if settings.guard is not None:
                 report = settings.guard.hold(plan, output, report, device=chosen, memory=budget)
                 assemble(plan, loaded, checkpoints, output, report, licences)
+        pipeline.check_inputs()
+        ranks.wait("checked")  # each has looked at the inputs on its own machine
+        if isinstance(output, Output):
             output.publish()
     if isinstance(ranks, Ranks):
         if ranks.is_first:
@@ -426,7 +430,8 @@ def _several(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -
 
 def output_folder(loaded: LoadedRecipe, out: str | os.PathLike[str] | None) -> Path:
     """Where a recipe's output goes: `out`, else its `output:`, else `./<recipe name>`. Raises OutputError for a name that is no text."""
-    path = Path(os.path.abspath(os.path.expanduser(out or loaded.recipe.output or loaded.name)))
+    written = out or loaded.recipe.output
+    path = Path(os.path.abspath(loaded.name if written is None else os.path.expanduser(written)))  # `~x` is a name, too
     if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
         raise OutputError(
             f"{os.fsencode(path)!r}: is no text in UTF-8, which reports are written in", "name another folder"

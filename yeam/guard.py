@@ -132,7 +132,7 @@ class Guard:
         Returns the report with what was found. Raises what `yeam.evaluate` raises.
         """
         assert self._host is not None
-        from yeam.engine.output import GUARD
+        from yeam.engine.partial import GUARD
 
         losses = _Losses(str(self._host.ref), device)
         known = losses.host(self.texts)

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from yeam.checkpoint.dtypes import DTYPES, DType
+from yeam.checkpoint.files import FileState
 
 if TYPE_CHECKING:
     import torch
@@ -39,11 +40,12 @@ class TensorInfo:
 
 
 class Extent(NamedTuple):
-    """Where a tensor lies as plain bytes on disk: `path[offset : offset + nbytes]`."""
+    """Where a tensor lies as plain bytes on disk: `path[offset : offset + nbytes]`, of an input that must still be in `state`."""
 
     path: Path
     offset: int
     nbytes: int
+    state: FileState | None = None
 
 
 class Checkpoint(ABC):

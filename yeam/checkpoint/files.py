@@ -8,10 +8,38 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from yeam.errors import CheckpointError
 
 _REMEDY = "the file was truncated, replaced or lost while it was in use: restore it and start again"
+
+
+class FileState(NamedTuple):
+    """Which file it is, and when that was last written to, in nanoseconds: a path that leads to another state leads to other bytes."""
+
+    device: int
+    inode: int
+    modified: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileState:
+        """From what `os.stat` says."""
+        return cls(status.st_dev, status.st_ino, status.st_mtime_ns)
+
+
+def state_of(path: Path) -> FileState:
+    """The state of the file that is there now. Raises CheckpointError where there is none."""
+    try:
+        return FileState.of(path.stat())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error.strerror or error}", _REMEDY) from error
+
+
+def check_state(path: Path, found: FileState, expected: FileState | None) -> None:
+    """Raise CheckpointError where a file is not in the state, if any, in which it was first opened."""
+    if expected not in (None, found):
+        raise CheckpointError(f"{path}: was replaced or written to after it was first opened", _REMEDY)
 
 
 class _Open:
@@ -29,12 +57,12 @@ class Descriptors:
         self._open: OrderedDict[Path, _Open] = OrderedDict()
 
     @contextmanager
-    def borrow(self, path: Path, length: int) -> Iterator[int]:
-        """A descriptor of `path`, which must have `length` bytes. Raises CheckpointError when it has not."""
+    def borrow(self, path: Path, length: int, state: FileState | None = None) -> Iterator[int]:
+        """A descriptor of `path`, which must have `length` bytes, and be in this state. Raises CheckpointError when it is not so."""
         with self._lock:
             entry = self._open.get(path)
             if entry is None:
-                entry = self._open[path] = _Open(_open(path, length))
+                entry = self._open[path] = _Open(_open(path, length, state))
             self._open.move_to_end(path)
             entry.users += 1
         try:
@@ -57,15 +85,22 @@ class Descriptors:
                 os.close(self._open.pop(path).fd)
 
 
-def _open(path: Path, length: int) -> int:
+def _open(path: Path, length: int, state: FileState | None) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened: {error.strerror or error}", _REMEDY) from error
-    size = os.fstat(fd).st_size
-    if size != length:
+    status = os.fstat(fd)
+    if status.st_size != length:
         os.close(fd)
-        raise CheckpointError(f"{path}: has {size} bytes now and had {length} when its header was read", _REMEDY)
+        raise CheckpointError(
+            f"{path}: has {status.st_size} bytes now and had {length} when its header was read", _REMEDY
+        )
+    try:
+        check_state(path, FileState.of(status), state)
+    except CheckpointError:
+        os.close(fd)
+        raise
     return fd
 
 

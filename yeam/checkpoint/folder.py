@@ -12,6 +12,7 @@ from typing import Any
 from yeam.errors import CheckpointError
 
 LARGEST_JSON = 256 << 20
+_NAME_BYTES = 255  # NAME_MAX of Linux's file systems
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_index(path: Path) -> dict[str, str]:
     """The `weight_map` of an index file: tensor name to shard name, each a plain file name beside the index.
 
-    Raises CheckpointError for a malformed index and for a shard name with a path in it (`../x`, `/x`, `a/b`).
+    Raises CheckpointError for a malformed index and for a shard name that is no plain file name (`../x`, `/x`, `a/b`, 300 letters).
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -64,15 +65,17 @@ def read_index(path: Path) -> dict[str, str]:
     for shard in set(weight_map.values()):
         if not is_plain_name(shard):
             raise CheckpointError(
-                f"{path}: names the shard {shard!r}, which is not a plain file name in the same folder",
+                f"{path}: names the shard {shard[:300]!r}, which is not a plain file name in the same folder",
                 "do not use this model, or repair its index: shards must lie beside it",
             )
     return weight_map
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether `name` is a file name that cannot lead out of its folder."""
-    return bool(name) and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
+    """Whether `name` is a file name that every file system takes, on one line, and that cannot lead out of its folder."""
+    if name in ("", ".", "..") or not name.isprintable() or "/" in name or "\\" in name:
+        return False
+    return len(name.encode()) <= _NAME_BYTES
 
 
 def stamp(paths: Iterable[Path], *extra: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from yeam.checkpoint.base import TensorInfo
 from yeam.checkpoint.dtypes import DTYPES
+from yeam.checkpoint.files import FileState
 from yeam.errors import CheckpointError, suggest
 from yeam.records import altered
 
@@ -30,22 +31,24 @@ class Header(NamedTuple):
     """What a safetensors file holds.
 
     `tensors` maps a name to (info, begin, end) with absolute byte offsets in the file, in the order of the data;
-    `length` is the file's size in bytes; `digest` is a hash of the header's bytes, in hex.
+    `length` is the file's size in bytes; `digest` is a hash of the header's bytes, in hex; `state` is that of the local file, None for
+    one on the Hub.
     """
 
     metadata: dict[str, str]
     tensors: dict[str, tuple[TensorInfo, int, int]]
     length: int
     digest: str
+    state: FileState | None = None
 
 
 def read_header(path: Path) -> Header:
     """The header of a local file. Raises CheckpointError naming the file, the tensor and the remedy."""
     try:
         with path.open("rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            size = header_size(file.read(PREFIX_BYTES), length, str(path))
-            return parse_header(file.read(size), length, str(path))
+            status = os.fstat(file.fileno())
+            size = header_size(file.read(PREFIX_BYTES), status.st_size, str(path))
+            return parse_header(file.read(size), status.st_size, str(path))._replace(state=FileState.of(status))
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read: {error.strerror or error}", "check the path and its permissions"

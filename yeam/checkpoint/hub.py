@@ -79,7 +79,7 @@ class HubCheckpoint(SafetensorsCheckpoint):
         if not piece.is_here:
             return None
         stored = self._stored(name)
-        return Extent(stored.path, stored.begin, self.tensors[name].nbytes)
+        return Extent(stored.path, stored.begin, self.tensors[name].nbytes, stored.state)
 
     def prepare(self, name: str) -> None:
         if not surveyed(self, name):

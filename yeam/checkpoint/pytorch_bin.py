@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from yeam.checkpoint.base import Checkpoint, TensorInfo, claim
 from yeam.checkpoint.dtypes import dtype_named
+from yeam.checkpoint.files import FileState, check_state, state_of
 from yeam.checkpoint.folder import listed, read_config, read_index, stamp
 from yeam.errors import CheckpointError
 
@@ -42,6 +43,7 @@ class PytorchCheckpoint(Checkpoint):
         self._paths = paths
         self._stored: dict[str, torch.Tensor] = {}
         self._home: dict[str, Path] = {}
+        self._states: dict[Path, FileState] = {}
         for path in paths:
             self._add(path)
         if listing is not None:
@@ -69,6 +71,8 @@ class PytorchCheckpoint(Checkpoint):
     def fingerprint(self) -> str:
         config = self.folder / "config.json"
         files = self._paths + ([config] if config.exists() else [])
+        for path, state in self._states.items():
+            check_state(path, state_of(path), state)  # what was mapped then is read, whatever is there now
         return stamp(files, *(f"{info}" for info in self.tensors.values()))
 
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
@@ -100,6 +104,7 @@ class PytorchCheckpoint(Checkpoint):
         self._stored = {}
 
     def _add(self, path: Path) -> None:
+        self._states[path] = state_of(path)
         loaded = _load(path)
         table, ignored = _tensors(loaded, path)
         for name, tensor in table:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from yeam.checkpoint.base import Checkpoint, Extent, TensorInfo, claim
-from yeam.checkpoint.files import Descriptors, read_exactly
+from yeam.checkpoint.files import Descriptors, FileState, read_exactly
 from yeam.checkpoint.folder import listed, read_config, read_index, stamp
 from yeam.checkpoint.header import Header, read_header
 from yeam.errors import CheckpointError
@@ -19,12 +20,17 @@ if TYPE_CHECKING:
 
 
 class Stored(NamedTuple):
-    """Where a tensor's bytes begin in a local file of `length` bytes, and what keeps that file open."""
+    """Where a tensor's bytes begin in a local file of `length` bytes and in this state, and what keeps that file open."""
 
     path: Path
     length: int
     begin: int
     descriptors: Descriptors
+    state: FileState | None = None
+
+    def borrow(self) -> AbstractContextManager[int]:
+        """A descriptor of the file. Raises CheckpointError where it is not as it was."""
+        return self.descriptors.borrow(self.path, self.length, self.state)
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -109,18 +115,20 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def read_into(self, name: str, start: int, stop: int, place: Array) -> bool:
         size = self._size(name, start, stop)
-        path, length, begin, descriptors = self._stored(name)
+        stored = self._stored(name)
         if stop > start:
-            with descriptors.borrow(path, length) as fd:
-                read_exactly(fd, place[: (stop - start) * size].data, begin + start * size, f"{path}: tensor {name!r}")
+            target, where = place[: (stop - start) * size].data, f"{stored.path}: tensor {name!r}"
+            with stored.borrow() as fd:
+                read_exactly(fd, target, stored.begin + start * size, where)
         return True
 
     def read_all(self, names: Sequence[str], place: Array) -> None:
         data, at = place.data, 0
         for label, nbytes in self._runs(names):
-            path, length, offset, descriptors = self._stored(label)
-            with descriptors.borrow(path, length) as fd:
-                read_exactly(fd, data[at : at + nbytes], offset, f"{path}: tensor {label!r} or one after it")
+            stored = self._stored(label)
+            with stored.borrow() as fd:
+                where = f"{stored.path}: tensor {label!r} or one after it"
+                read_exactly(fd, data[at : at + nbytes], stored.begin, where)
             at += nbytes
 
     def _runs(self, names: Sequence[str]) -> Iterator[tuple[str, int]]:
@@ -138,7 +146,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def extents(self, names: Sequence[str]) -> list[Extent]:
         found = [(self._places[label], nbytes) for label, nbytes in self._runs(names)]
-        return [Extent(self._paths[shard], begin, nbytes) for (shard, begin), nbytes in found]
+        return [self._extent(shard, begin, nbytes) for (shard, begin), nbytes in found]
 
     def _size(self, name: str, start: int, stop: int) -> int:
         """Bytes of an element. Raises ValueError where it has not these elements."""
@@ -149,20 +157,23 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def extent(self, name: str) -> Extent | None:
         shard, begin = self._places[name]
-        return Extent(self._paths[shard], begin, self.tensors[name].nbytes)
+        return self._extent(shard, begin, self.tensors[name].nbytes)
+
+    def _extent(self, shard: str, begin: int, nbytes: int) -> Extent:
+        return Extent(self._paths[shard], begin, nbytes, self._headers[shard].state)
 
     def sample(self, name: str, blocks: int = 64, size: int = 4096) -> bytes:
         """Blocks of a tensor's bytes, spread evenly from its first to its last: enough to tell two tensors apart."""
-        path, length, begin, descriptors = self._stored(name)
+        stored = self._stored(name)
         nbytes = self.tensors[name].nbytes
         last = max(0, nbytes - size)
         starts = sorted({last * i // (blocks - 1) for i in range(blocks)})
         found = bytearray(size)
         parts = []
-        with descriptors.borrow(path, length) as fd:
+        with stored.borrow() as fd:
             for start in starts:
                 target = memoryview(found)[: min(size, nbytes - start)]
-                read_exactly(fd, target, begin + start, f"{path}: tensor {name!r}")
+                read_exactly(fd, target, stored.begin + start, f"{stored.path}: tensor {name!r}")
                 parts.append(bytes(target))
         return b"".join(parts)
 
@@ -172,7 +183,8 @@ class SafetensorsCheckpoint(Checkpoint):
     def _stored(self, name: str) -> Stored:
         """Where the tensor lies; a subclass may have to fetch it first."""
         shard, begin = self._places[name]
-        return Stored(self._paths[shard], self._headers[shard].length, begin, self._descriptors)
+        header = self._headers[shard]
+        return Stored(self._paths[shard], header.length, begin, self._descriptors, header.state)
 
 
 def check_index(name: str, where: str, weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> list[str]:

@@ -18,6 +18,7 @@ import xxhash
 
 from yeam.checkpoint.base import Checkpoint, Extent
 from yeam.checkpoint.dtypes import DTYPES
+from yeam.checkpoint.files import FileState
 from yeam.compiled import KINDS, Array
 from yeam.engine.checks import check_finite, checked_square
 from yeam.engine.output import Destination
@@ -104,6 +105,11 @@ def shared(source: Extent | None, place: Extent | None) -> tuple[int, int]:
             return 0, 0
         reading = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            if source.state not in (
+                None,
+                FileState.of(os.fstat(reading)),
+            ):  # which the next look at the input will tell
+                return 0, 0
             writing = os.open(place.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 what = struct.pack("qQQQ", reading, source.offset + first, last - first, place.offset + first)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 Entry = dict[str, Any]
+_BEGINNING = b'{"plan": "'
+_FIRST_LINE = 64  # bytes; it has 46
 
 
 class Journal:
@@ -20,23 +22,29 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         self._guard = threading.Lock()
         self.plan: str | None = None
         self.tile: int | None = None
         self.entries: list[Entry] = []
         try:
-            self.plan, self.tile, self.entries, whole = _replay(path.read_bytes())
+            content = _content(self._fd)
+            self.plan, self.tile, self.entries, whole = _replay(content)
+            self._begun = content.find(b"\n", 0, whole) + 1  # bytes of the first line
             os.ftruncate(self._fd, whole)
+            os.lseek(self._fd, whole, os.SEEK_SET)
         except BaseException:
             self.close()
             raise
 
     def restart(self, plan: str) -> None:
-        """Forget everything and begin with the plan's hash."""
-        os.ftruncate(self._fd, 0)
+        """Forget everything and begin with the plan's hash. Killed amid it, a journal that had a plan has one still."""
+        os.ftruncate(self._fd, self._begun)
+        os.lseek(self._fd, 0, os.SEEK_SET)
         self.plan, self.tile, self.entries = plan, None, []
         self.append({"plan": plan})
+        self._begun = os.lseek(self._fd, 0, os.SEEK_CUR)
+        os.ftruncate(self._fd, self._begun)
 
     def append(self, *entries: Entry) -> None:
         """Write a line for each entry, from any thread. They are in the kernel's hands when this returns."""
@@ -58,8 +66,29 @@ class Journal:
 
 def read_journal(path: Path) -> tuple[str | None, list[Entry]]:
     """The plan's hash and the whole entries of another process's journal, as `Journal` has them. Raises OSError."""
-    plan, _, entries, _ = _replay(path.read_bytes())
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        plan, _, entries, _ = _replay(_content(fd))
+    finally:
+        os.close(fd)
     return plan, entries
+
+
+def begins(start: bytes) -> bool:
+    """Whether a file that starts with these bytes is a journal: its first line names a plan and nothing else."""
+    return _replay(start[: start.find(b"\n") + 1])[0] is not None
+
+
+def is_cut_off(content: bytes) -> bool:
+    """Whether a file of these bytes may be a journal that was cut off before its first line's end; a power loss leaves zeros."""
+    if b"\n" in content or len(content) > _FIRST_LINE:
+        return False
+    return _BEGINNING.startswith(content[: len(_BEGINNING)]) or not content.strip(b"\0")
+
+
+def _content(fd: int) -> bytes:
+    with open(fd, "rb", closefd=False) as file:
+        return file.read()
 
 
 def _replay(content: bytes) -> tuple[str | None, int | None, list[Entry], int]:
@@ -71,12 +100,14 @@ def _replay(content: bytes) -> tuple[str | None, int | None, list[Entry], int]:
     for line in content.splitlines(keepends=True):
         try:
             entry = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict):
             break
         if whole == 0:
-            plan = str(entry.get("plan"))
+            if entry.keys() != {"plan"} or not isinstance(entry["plan"], str):
+                break
+            plan = entry["plan"]
         elif "tensor" in entry:
             entries.append(entry)
         else:

@@ -1,12 +1,4 @@
-"""The output folder while it is made: OUT.partial, planned shards, a journal, and one rename at the end.
-
-OUT.partial/model/            what becomes OUT
-OUT.partial/journal.jsonl     which tensors are finished, with the checksums of their bytes
-OUT.partial/journal-R.jsonl   those that rank R has finished, where several processes share the work
-OUT.partial/lock              held while a process, or rank 0 of several, works here
-OUT.partial/replaced/         the old OUT, between the two renames of --overwrite
-OUT.partial/stages/           intermediates of a recipe of several stages
-OUT.partial/guard/            the output at a smaller strength, while a guard tries it
+"""The output folder while it is made: planned shards in OUT.partial, a journal, and one rename at the end.
 
 What survives a power loss: nothing that a journal says is believed on resuming before the tensor's bytes have been compared with its
 checksum, so tensors and journals may reach the disk in any order. OUT gets its name only after all that it holds is on the disk.
@@ -15,28 +7,32 @@ checksum, so tensors and journals may reach the disk in any order. OUT gets its 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from yeam.checkpoint.base import Extent
 from yeam.engine.bundle import Made
 from yeam.engine.journal import Entry, Journal, read_journal
-from yeam.engine.shards import Shards
+from yeam.engine.partial import (
+    JOURNAL,
+    MODEL,
+    RANK_JOURNAL,
+    REPLACED,
+    STAGES,
+    clear,
+    rank_journals,
+    remove,
+    remove_stages,
+    stage_path,
+    take_lock,
+)
+from yeam.engine.shards import Shards, missing_bytes
 from yeam.engine.target import check_output_free, explained, partial_path
 from yeam.errors import OutputError, UserError
 from yeam.planning.jobs import Job, Plan
-
-JOURNAL = "journal.jsonl"
-RANK_JOURNAL = "journal-{}.jsonl"
-LOCK = "lock"
-MODEL = "model"
-REPLACED = "replaced"
-STAGES = "stages"
-GUARD = "guard"
 
 
 class Destination(Protocol):
@@ -109,9 +105,10 @@ class Output(Filling):
     The journal's first line names the plan; each further line is a finished tensor with the checksum of its bytes
     (XXH3-128) and its facts for the report. Opening again with the same plan keeps the tensors whose bytes still match, also
     those in the journals of other ranks of an earlier run. durable: OUT appears when all of it is on the disk, not before.
-    token: by which other ranks know the folder. `key` is the plan's hash.
-    Raises OutputError where the folder cannot be made or another process works on it, UserError where it belongs to
-    another plan.
+    token: by which other ranks know the folder. stages: the intermediates that will be written beside it, which the disk must hold, too;
+    others are removed. `key` is the plan's hash.
+    Raises OutputError where the folder cannot be made, is not YeAM's or another process works on it, UserError where it belongs
+    to another plan.
     """
 
     def __init__(
@@ -123,51 +120,37 @@ class Output(Filling):
         overwrite: bool = False,
         durable: bool = False,
         token: str = "",
+        stages: Sequence[Plan] = (),
     ) -> None:
         super().__init__(plan, out, durable=durable)
         self.out = out
         self.overwrite = overwrite
-        self._durable, self._token = durable, token
-        self._lock: IO[str] | None = None
+        self._durable = durable
+        self._lock = -1
         with explained(self.partial):
-            self._open(resume)
+            self._open(resume, token, {stage.hash(): stage for stage in stages})
 
-    def _open(self, resume: bool) -> None:
+    def _open(self, resume: bool, token: str, stages: Mapping[str, Plan]) -> None:
         if self.partial.is_symlink():
             raise OutputError(f"{self.partial} is a link", "remove it, or choose another output folder")
         created = not self.partial.exists()
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self._lock = take_lock(self.out, token)
         try:
             self._restore()
             check_output_free(self.out, self.overwrite)
             if not resume:
-                self._clear()
+                clear(self.partial)
             entries = self._begin()
-            self._shards.create()
+            remove_stages(self.partial, keep=stages)
+            places = {key: partial_path(stage_path(self.partial, key)) / MODEL for key in stages}
+            self._shards.create(beside=sum(missing_bytes(stages[key], place) for key, place in places.items()))
             self._take_over(entries)
         except BaseException:
-            self.close()
+            super().close()
             if created:
-                shutil.rmtree(self.partial, ignore_errors=True)
+                self._tidy_up()
+            self.close()
             raise
-
-    def _take_lock(self) -> None:
-        lock = open(self.partial / LOCK, "a+")  # noqa: SIM115 - held until close
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise OutputError(
-                f"another yeam process is writing {self.out}", "wait for it, or choose another output folder"
-            ) from None
-        except OSError:
-            lock.close()
-            raise
-        lock.truncate(0)
-        lock.write(self._token)
-        lock.flush()
-        self._lock = lock
 
     def _restore(self) -> None:
         """Put the old OUT back where a run died between the two renames of --overwrite."""
@@ -175,30 +158,14 @@ class Output(Filling):
         if replaced.exists() and not os.path.lexists(self.out):
             replaced.rename(self.out)
 
-    def _clear(self) -> None:
-        """Remove what an earlier run left; never what is not YeAM's."""
-        for path in (
-            *self._rank_journals(),
-            *(self.partial / name for name in (JOURNAL, MODEL, REPLACED, STAGES, GUARD)),
-        ):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-    def _rank_journals(self) -> list[Path]:
-        return sorted(self.partial.glob(RANK_JOURNAL.format("*")))
-
     def _begin(self) -> list[Entry]:
         """Open the journal, and decide whether what lies there is this merge; returns what all journals hold."""
         self._journal = Journal(self.partial / JOURNAL)
-        found = [(self._journal.plan, self._journal.entries), *(read_journal(path) for path in self._rank_journals())]
+        found = [
+            (self._journal.plan, self._journal.entries),
+            *(read_journal(path) for path in rank_journals(self.partial)),
+        ]
         plan = self.key
-        if self.folder.exists() and all(theirs is None for theirs, _ in found):
-            raise OutputError(
-                f"{self.partial} holds files but no journal: it is not a merge that can continue",
-                "move it away, or pass --no-resume to start over",
-            )
         if any(theirs != plan and entries for theirs, entries in found):
             raise UserError(
                 f"{self.partial} belongs to another merge: the recipe, an option or an input has changed since",
@@ -214,7 +181,7 @@ class Output(Filling):
         shards = {shard.file for shard in self.plan.shards}
         for path in self.folder.iterdir():
             if path.name not in shards:  # written again at the end, from files that may have changed
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         return [entry for _, entries in found for entry in entries]
 
     def _take_over(self, entries: Sequence[Entry]) -> None:
@@ -229,7 +196,7 @@ class Output(Filling):
             self.finished[job.name] = entry
             if job.name not in known:
                 self._journal.append(entry)
-        for path in self._rank_journals():
+        for path in rank_journals(self.partial):
             path.unlink()
         if entries:
             self._shards.forget()
@@ -272,7 +239,7 @@ class Output(Filling):
         assert self._journal is not None
         with explained(self.partial):
             self._journal.restart(self.key)
-            for path in self._rank_journals():
+            for path in rank_journals(self.partial):
                 path.unlink()
         self.finished = {}
 
@@ -311,23 +278,23 @@ class Output(Filling):
     def abandon(self) -> None:
         """After a failure: OUT.partial waits for a rerun, and goes where it holds nothing that a rerun could use."""
         super().close()
-        kept = [self.partial / name for name in (REPLACED, STAGES, GUARD)]
-        if not self.finished and not any(os.path.lexists(path) for path in (*kept, *self._rank_journals())):
+        with contextlib.suppress(OSError):  # not there, or a stage has finished something
+            (self.partial / STAGES).rmdir()
+        kept = [self.partial / name for name in (REPLACED, STAGES)]
+        if not self.finished and not any(path.exists() for path in kept) and not rank_journals(self.partial):
             self._tidy_up()
         self.close()
 
     def _tidy_up(self) -> None:
         with contextlib.suppress(OSError):
-            self._clear()
-            (self.partial / LOCK).unlink()
-            self.partial.rmdir()
+            remove(self.partial)
 
     def close(self) -> None:
         """Release files and the lock; OUT.partial stays for a rerun unless it was published."""
         super().close()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
 
 def _sync_small_files(folder: Path, shards: Collection[str]) -> None:

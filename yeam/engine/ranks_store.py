@@ -43,19 +43,23 @@ class Place:
 def place_here(environment: Mapping[str, str] | None = None) -> Place | None:
     """What the environment says; None where one process is all. Raises UserError where it contradicts itself."""
     found = os.environ if environment is None else environment
+    remedy = "start with torchrun or accelerate launch; unset WORLD_SIZE to merge in one process"
     size = _number(found, _SIZE)
-    if size is None or size <= 1:
+    if size is None or size == 1:
         return None
+    if size < 1:
+        raise UserError(f"WORLD_SIZE is {size}, which is no number of processes", remedy)
     rank = _number(found, _RANK)
     address, port = found.get("MASTER_ADDR"), _number(found, ("MASTER_PORT",))
     missing = [
         n for n, value in (("RANK", rank), ("MASTER_ADDR", address), ("MASTER_PORT", port)) if value in (None, "")
     ]
-    remedy = "start with torchrun or accelerate launch; unset WORLD_SIZE to merge in one process"
     if missing or rank is None or port is None or not address:
         raise UserError(f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set", remedy)
     if not 0 <= rank < size:
         raise UserError(f"RANK is {rank}, but WORLD_SIZE is {size}", remedy)
+    if not 0 < port < 1 << 16:
+        raise UserError(f"MASTER_PORT is {port}, which is no port: these are 1 to 65535", remedy)
     return Place(rank, size, _number(found, _LOCAL) or 0, address, port)
 
 

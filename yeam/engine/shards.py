@@ -39,16 +39,18 @@ class Shards:
         self._fds: list[int] = []
         self._writeback = _Writeback(plan) if durable else None
 
-    def create(self) -> None:
+    def create(self, *, beside: int = 0) -> None:
         """Make every file at its final size with its header, so that a full disk shows now and not in an hour.
 
-        What is there stays. Raises OutputError where the disk has too little room.
+        beside: bytes that will be written on the same disk as well. What is there stays. Raises OutputError where the disk has too
+        little room for both, before any file is made.
         """
-        missing = sum(s.nbytes for s in self._plan.shards if not (self._folder / s.file).exists())
+        missing = missing_bytes(self._plan, self._folder) + beside
         free = shutil.disk_usage(self._folder).free
         if missing > free:
+            stages = f", {beside:,} of them for intermediates" if beside else ""
             raise OutputError(
-                f"not enough disk space in {self._folder.parents[1]}: the merge writes {missing:,} bytes, {free:,} are free",
+                f"not enough disk space in {self._folder.parents[1]}: the merge writes {missing:,} bytes{stages}, {free:,} are free",
                 "free some space or choose another output folder",
             )
         for shard in self._plan.shards:
@@ -138,6 +140,11 @@ class Shards:
         fds, self._fds = self._fds, []
         for fd in fds:
             os.close(fd)
+
+
+def missing_bytes(plan: Plan, folder: Path) -> int:
+    """Bytes of the plan's files that are not in the folder yet."""
+    return sum(shard.nbytes for shard in plan.shards if not (folder / shard.file).exists())
 
 
 class _Writeback:

@@ -11,13 +11,11 @@ Legend: T elements of a tile.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yeam.checkpoint import Checkpoint, Extent, open_checkpoint
@@ -27,11 +25,11 @@ from yeam.compiled import Array, Result, settled, tensor
 from yeam.engine.budget import check_memory
 from yeam.engine.checks import checked_square, culprit
 from yeam.engine.device import Device
-from yeam.engine.output import STAGES, Output
+from yeam.engine.output import Output
+from yeam.engine.partial import stage_path
 from yeam.engine.ranks import Alone, Ranks
 from yeam.engine.run import Listener, Progress
 from yeam.engine.stage import CpuStage
-from yeam.engine.target import explained
 from yeam.engine.tiles import JobInputs, Lane, tile_bytes, tile_step
 from yeam.engine.together import RankOutput, opened, run_together
 from yeam.engine.totals import Totals
@@ -184,7 +182,7 @@ def make_stages(
     """
     attach(pipeline)
     made, plans = StagesMade(), [stage.plan for stage in pipeline.stages]
-    written = [stage for stage in pipeline.stages if stage.checkpoint is not None and not stage.checkpoint.streamed]
+    written = pipeline.written
     for stage in [*written, pipeline.result] if written else []:  # of one stage alone, `run` finds it out as early
         check_memory(stage.plan, stage.members.checkpoints, device, memory)
     shown = _Shown(listener, [plan for plan in plans if any(stage.plan is plan for stage in written)] + plans[-1:])
@@ -216,20 +214,9 @@ def make_stages(
 def _outputs(
     plans: Sequence[Plan], output: Output | RankOutput, ranks: Alone | Ranks
 ) -> Iterator[contextlib.AbstractContextManager[Output | RankOutput]]:
-    """The folders of the stages, all allocated before any work; those of other plans are removed."""
-    folder = output.partial / STAGES
-    if isinstance(output, Output):
-        _remove_others(plans, folder)
+    """The folders of the stages, all allocated before any work."""
     for plan in plans:
-        yield opened(plan, folder / plan.hash(), ranks)
-
-
-def _remove_others(plans: Sequence[Plan], folder: Path) -> None:
-    with explained(folder):
-        wanted = {f"{plan.hash()}.partial" for plan in plans}
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if path.name not in wanted:
-                shutil.rmtree(path)
+        yield opened(plan, stage_path(output.partial, plan.hash()), ranks)
 
 
 class _Shown:

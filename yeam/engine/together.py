@@ -12,7 +12,8 @@ from yeam.checkpoint.base import Checkpoint
 from yeam.engine.budget import fit
 from yeam.engine.device import Device
 from yeam.engine.journal import Journal
-from yeam.engine.output import LOCK, RANK_JOURNAL, Filling, Output
+from yeam.engine.output import Filling, Output
+from yeam.engine.partial import LOCK, RANK_JOURNAL
 from yeam.engine.ranks import Alone, Ranks
 from yeam.engine.run import Listener, Progress, run
 from yeam.engine.target import explained

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from yeam.checkpoint.base import Checkpoint, Extent, TensorInfo
 from yeam.checkpoint.lora import LoraCheckpoint
-from yeam.errors import YeamError
+from yeam.errors import CheckpointError, YeamError
 from yeam.families import describe
 from yeam.methods import method_named
 from yeam.planning.collector import uncollected
@@ -166,9 +166,26 @@ class Pipeline:
         return [stage.checkpoint for stage in self.stages if stage.checkpoint is not None]
 
     @property
+    def written(self) -> list[Stage]:
+        """The stages whose intermediates are written into folders, in order."""
+        return [stage for stage in self.stages if stage.checkpoint is not None and not stage.checkpoint.streamed]
+
+    @property
     def folders(self) -> list[Path]:
         """Every folder that is read from."""
         return [f for stage in self.stages for member in stage.members for f in member.checkpoint.folders]
+
+    def check_inputs(self) -> None:
+        """Raise CheckpointError where the files of an input are not those that it was planned with."""
+        for stage in self.stages:
+            for member, model in zip(stage.members, stage.plan.models):
+                if isinstance(member.checkpoint, StageCheckpoint):  # its own inputs have been looked at
+                    continue
+                if member.checkpoint.fingerprint() != model.fingerprint:
+                    raise CheckpointError(
+                        f"{model.reference}: its files were changed while it was merged",
+                        "run again with --no-resume, and change no input meanwhile",
+                    )
 
     def keep(self, checkpoint: Checkpoint) -> Checkpoint:
         """Close the checkpoint with the rest: the folder of an intermediate."""

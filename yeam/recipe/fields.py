@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, PlainSerializer, PlainValidator, Validatio
 from pydantic_core import PydanticCustomError
 
 from yeam.checkpoint.dtypes import DTYPES, dtype_named
+from yeam.checkpoint.folder import is_plain_name
 from yeam.errors import CheckpointError, ConfigError, suggest
 from yeam.recipe.problems import Faulty, Problem, describe
 from yeam.recipe.reference import ModelRef
@@ -74,6 +75,17 @@ def parse_text(value: Any) -> str:
     if not value.strip():
         raise refuse("is empty")
     return value
+
+
+def parse_name(value: Any) -> str:
+    """A name for what a document makes, which may become that of a folder."""
+    name = parse_text(value)
+    if not is_plain_name(name):
+        raise refuse(
+            f"must be a plain name on one line, without `/` and of at most 255 bytes, not {describe(value)}",
+            "put a path into `output:`",
+        )
+    return name
 
 
 def parse_flag(value: Any) -> bool:
@@ -197,6 +209,7 @@ def _plain_reference(reference: ModelRef) -> str:
 
 
 Text = Annotated[str, checked(parse_text)]
+Name = Annotated[str, checked(parse_name)]
 Flag = Annotated[bool, checked(parse_flag)]
 Count = Annotated[int, checked(parse_count)]
 Multiple = Annotated[int, checked(parse_multiple)]

@@ -17,6 +17,7 @@ from yeam.recipe.fields import (
     Ignored,
     LayerRange,
     MathMode,
+    Name,
     Parameters,
     Plugins,
     Reference,
@@ -111,9 +112,9 @@ class ModuleEntry(_Block):
 class MergeRecipe(_Block):
     """What is asked: the inputs, the method and its parameters, and the form of the output.
 
-    One document of a recipe file; in a file of several, `name` is how the others call what this one makes. Exactly one
-    of `models`, `slices` and `modules` is set. `dtype` and `out_dtype` are torch names (`bfloat16`);
-    `math` is `fp32` (arithmetic in float32) or `exact` (mergekit's rounding); `shard_size` is in bytes.
+    One document of a recipe file; in a file of several, `name` is how the others call what this one makes, and without an `output` it
+    is the output folder's name. Exactly one of `models`, `slices` and `modules` is set. `dtype` and `out_dtype` are torch names
+    (`bfloat16`); `math` is `fp32` (arithmetic in float32) or `exact` (mergekit's rounding); `shard_size` is in bytes.
     """
 
     merge_method: Text
@@ -131,7 +132,7 @@ class MergeRecipe(_Block):
     plugins: Plugins = ()
     output: Text | None = None
     shard_size: Size | None = None
-    name: Text | None = None
+    name: Name | None = None
     allow_nan: Flag = False
 
     @model_validator(mode="after")

@@ -124,8 +124,6 @@ def _by_name(documents: Sequence[LoadedRecipe]) -> dict[str, LoadedRecipe]:
                 f"two documents are named {name!r}; the first is at {named[name].locate(('name',))}",
                 "give each document a name of its own",
             )
-        if name and not name.isprintable():
-            raise document.error(("name",), f"{name!r} cannot be the name of a stage", "write it on one line")
         if name:
             named[name] = document
     return named

@@ -75,7 +75,7 @@ class Gatherer:
         except OSError:  # lost since the checkpoint opened it
             _through_reader(part, wanted_T, places_T, out_TC)
             return
-        with self._descriptors.borrow(extent.path, length) as fd:
+        with self._descriptors.borrow(extent.path, length, extent.state) as fd:
             for offset, into, count in zip(froms.tolist(), intos.tolist(), counts.tolist()):
                 read_exactly(fd, target[into : into + count], offset, where)
 

@@ -102,7 +102,7 @@ class VocabularyView(Checkpoint):
             return self._base.extent(name)
         part = self._leading.get(name)
         extent = part.checkpoint.extent(part.tensor) if part is not None else None
-        return None if extent is None else Extent(extent.path, extent.offset, rows.info.nbytes)
+        return None if extent is None else extent._replace(nbytes=rows.info.nbytes)
 
     def prepare(self, name: str) -> None:
         rows = self._rows.get(name)
