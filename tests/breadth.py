@@ -145,13 +145,15 @@ def _yeam(folder: Path, loaded: Mapping[str, tuple[Any, dict[str, Any]]]) -> Non
             if not torch.equal(ours[key], a[key]):
                 raise Failed(f"{key} changed, and no model moved it")
             continue
-        delta_Kn = torch.stack([a[key] - x, b[key] - x]).double()
+        delta_Kn, meaning = torch.stack([a[key] - x, b[key] - x]).double(), described.tensors[key]
         if x.dim() == 3 and min(x.shape[-2:]) >= 8:  # a stack of experts: a matrix each
             wanted = torch.stack(
-                [reference.merge(m, d_Kn, depth=depth) for m, d_Kn in zip(x.double(), delta_Kn.unbind(1))]
+                [
+                    reference.merge(m, d_Kn, depth=depth, transposed=meaning.transposed)
+                    for m, d_Kn in zip(x.double(), delta_Kn.unbind(1))
+                ]
             )
         else:
-            meaning = described.tensors[key]
             wanted = reference.merge(
                 x.double(), delta_Kn, depth=depth, transposed=meaning.transposed, embedding=meaning.role == "embedding"
             )

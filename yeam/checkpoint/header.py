@@ -133,7 +133,7 @@ def _entries(table: Mapping[str, Any], data_begin: int, where: str) -> list[tupl
     found = []
     known: dict[tuple[str, str], TensorInfo] = {}
     for name, record in table.items():
-        if not name.isprintable():
+        if not name.replace("\n", "").isprintable():
             raise CheckpointError(
                 f"{where}: the name {name!r} of a tensor has characters that cannot be printed", _DAMAGED
             )
